@@ -1,0 +1,332 @@
+#!/usr/bin/env python3
+"""The kernel: wires the organs, keeps their lifecycle, and answers commands.
+
+Alone in knowing everybody; builds from the image upwards to the bridge and closes in the opposite order.
+The heavy libraries are imported by the organs when they are first needed, so the kernel is live at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.metadata
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from config import PROJECT, Settings
+from uvm import messages as m
+from uvm.awakening import CATALOG, ROOT, awaken
+from uvm.bridge import Bridge
+from uvm.errors import DoesNotUnderstand, HomeError, ShuttingDown
+from uvm.hands import HandPool
+from uvm.image.image import LivingImage, Txn
+from uvm.lanes import Lane
+from uvm.memory import FractalMemory
+from uvm.messenger import Messenger
+from uvm.metacognition import MetacognitionLog
+from uvm.mind import Mind
+from uvm.mind.personas import load_personas
+from uvm.missions import Missions
+from uvm.objects import Objects
+from uvm.psm import PrototypalStateMachine
+
+CODEX = PROJECT / "codex"
+EXIT_CANNOT_START = 2
+GRACE_S = 3.0
+USER = "architect"
+
+
+def say(line: str) -> None:
+    """Prints one line as the kernel."""
+    print(f"[UVM] {line}", flush=True)
+
+
+class Kernel:
+    """One kernel on one image."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._started = time.monotonic()
+        self._stop = asyncio.Event()
+        self._message_lane = Lane("messages", settings.HAND_COUNT, settings.QUEUE_LIMIT)
+        self._mission_lane = Lane("missions", settings.WORKER_COUNT, settings.QUEUE_LIMIT)
+        self._handlers: dict[str, Callable[[Any], Awaitable[Any]]] = {
+            # control traffic, never behind work
+            "ping": self._ping,
+            "status": self._status,
+            "shutdown": self._shutdown,
+            "missions": lambda c: self._missions.newest(c.state, c.limit),
+            "mission": lambda c: self._missions.record(c.mission_id),
+            "cancel_mission": lambda c: self._missions.cancel(c.mission_id),
+            # work that queues in its own lanes
+            "initiate_cognitive_cycle": self._initiate_cognitive_cycle,
+            "send_message": self._send_message,
+            # work on the image
+            "inspect": self._queued(lambda c: self._objects.inspect(c.target_oid, c.as_of)),
+            "list_objects": self._queued(
+                lambda c: self._objects.list(c.prefix, c.limit, c.after, c.as_of)
+            ),
+            "create_object": self._queued(lambda c: self._objects.create(c.name, c.parents, c.slots)),
+            "set_slot": self._queued(lambda c: self._objects.set_slot(c.target_oid, c.slot, c.value)),
+            "delete_slot": self._queued(lambda c: self._objects.delete_slot(c.target_oid, c.slot)),
+            "method_history": self._queued(
+                lambda c: self._objects.method_history(c.target_oid, c.selector)
+            ),
+            "revert_method": self._queued(
+                lambda c: self._objects.revert_method(c.target_oid, c.selector, c.version)
+            ),
+            "undo": self._queued(lambda c: self._objects.undo(c.transaction_id)),
+            "remember": self._queued(self._remember),
+            "recall": self._queued(self._recall),
+        }
+
+    # Lifecycle
+
+    async def run(self) -> None:
+        """Starts, serves until told to stop, and closes cleanly.
+
+        Raises:
+            HomeError: it can't start with what it found; the text says what to do.
+        """
+        closing: list[Callable[[], Any]] = []
+        try:
+            await self._start(closing)
+            await self._stop.wait()
+            say("Shutting down...")
+        finally:
+            for close in reversed(closing):
+                closed = close()
+                if isinstance(closed, Awaitable):
+                    await closed
+
+    def stop(self) -> None:
+        """Asks the kernel to stop; safe to call from a signal handler of the loop."""
+        self._stop.set()
+
+    async def _start(self, closing: list[Callable[[], Any]]) -> None:
+        """Starts organ after organ; `closing` receives what ends each, for whoever unwinds."""
+        settings = self._settings
+        self._hands = HandPool(
+            count=settings.HAND_COUNT, timeout_s=settings.HAND_TIMEOUT_S, memory_mib=settings.HAND_MEMORY_MIB
+        )
+        closing.append(self._hands.close)
+        await self._hands.start()  # before any key is read: a hand must not inherit one
+        say(f"Hands: {settings.HAND_COUNT}, tier {self._hands.tier}")
+        self._log = MetacognitionLog(settings.METACOGNITION_LOG_FILE)
+        closing.append(self._log.close)
+        self._image = LivingImage(settings.DB_FILE, settings.BLOB_DIR, self._committed)
+        self._image.open()
+        closing.append(self._image.close)
+        say(f"Living image: {settings.DB_FILE}")
+        self._build_organs()
+        closing.append(self._mind.close)
+        if await awaken(self._image):
+            say("Prototypal awakening: the primordial objects are born")
+        await self._bridge.start()
+        closing.append(lambda: self._bridge.close(GRACE_S))
+        closing.append(self._missions.close)
+        self._log.listen(self._bridge.publish)
+        await self._log.record("kernel", change="live", pid=os.getpid())
+        resumed = await self._missions.resume()
+        say(f"Listening at {settings.ZMQ_ENDPOINT}, events at {settings.ZMQ_EVENTS_ENDPOINT}")
+        if resumed:
+            say(f"Missions taken up from the journal: {resumed}")
+        say("System is live. Awaiting Architect's command...")
+
+    def _build_organs(self) -> None:
+        settings = self._settings
+        self._mind = Mind.of_assets(
+            load_personas(CODEX, settings.PERSONA_MODELS),
+            models_dir=settings.MODELS_DIR,
+            context_tokens=settings.CONTEXT_TOKENS,
+            threads=settings.INFERENCE_THREADS,
+            memory_budget_mib=settings.MEMORY_BUDGET_MIB,
+            on_event=self._log.record,
+        )
+        self._memory = FractalMemory.of_asset(settings.SENTENCE_TRANSFORMER_MODEL, settings.MODELS_DIR)
+        self._messenger = Messenger(self._hands)
+        psm = PrototypalStateMachine(
+            image=self._image,
+            mind=self._mind,
+            memory=self._memory,
+            catalog=CATALOG,
+            hands=self._hands,
+            messenger=self._messenger,
+            log=self._log,
+            covenants=(CODEX / "covenants.md").read_text(encoding="utf-8"),
+            max_attempts=settings.MAX_SYNTHESIS_ATTEMPTS,
+            max_tokens=settings.MAX_SYNTHESIS_TOKENS,
+            default_persona=settings.DEFAULT_PERSONA_MODEL,
+        )
+        self._missions = Missions(self._image, psm, self._mission_lane, self._fault)
+        self._objects = Objects(self._image, ROOT)
+        self._bridge = Bridge(
+            endpoint=settings.ZMQ_ENDPOINT,
+            events_endpoint=settings.ZMQ_EVENTS_ENDPOINT,
+            keys_dir=settings.KEYS_DIR,
+            max_message_bytes=settings.MAX_MESSAGE_BYTES,
+            handler=self._handle,
+            report=self._fault,
+        )
+
+    async def _committed(self, transaction_id: str, note: str, user: str) -> None:
+        try:
+            await self._log.record("commit", transaction_id=transaction_id, note=note, user=user)
+        except OSError as error:  # the commit stands; a log that can't be written must not deny it
+            self._fault(error)
+
+    def _fault(self, error: BaseException) -> None:
+        """Tells of a fault of the kernel's own, with all that is needed to mend it."""
+        traceback.print_exception(error, file=sys.stderr)
+
+    # Commands
+
+    async def _handle(self, command: m.Command) -> Any:
+        if self._stop.is_set():
+            raise ShuttingDown("the kernel is shutting down")
+        return await self._handlers[command.command](command)
+
+    def _queued(self, handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+        """Returns `handler` behind the bounded queue of messages."""
+
+        async def in_lane(command: Any) -> Any:
+            self._message_lane.admit()
+            async with self._message_lane.place():
+                return await handler(command)
+
+        return in_lane
+
+    async def _send_message(self, command: m.SendMessage) -> Any:
+        deliver = self._queued(self._deliver)
+        learned = 0
+        while True:
+            try:
+                return await deliver(command)
+            except DoesNotUnderstand as miss:
+                may_learn = command.on_missing == "create" and command.as_of is None
+                if not may_learn or learned == self._settings.MAX_MISS_DEPTH:
+                    raise
+                await self._doesNotUnderstand_(miss)
+                learned += 1
+
+    async def _doesNotUnderstand_(self, miss: DoesNotUnderstand) -> None:  # noqa: N802 (Smalltalk's name)
+        """The creative mandate: what is not understood is learned."""
+        await self._missions.learn(miss)
+
+    async def _deliver(self, command: m.SendMessage) -> Any:
+        async def unit(txn: Txn) -> Any:
+            target = txn.find(command.target_oid)
+            result, outcome = await self._messenger.send(
+                txn, target, command.selector, command.args, command.kwargs
+            )
+            if outcome is not None and outcome.discarded:
+                await self._log.record(
+                    "discarded", target=target.oid, selector=command.selector, slots=outcome.discarded
+                )
+            return result
+
+        if command.as_of is not None:
+            async with self._image.reading(command.as_of) as txn:
+                return await unit(txn)
+        note = f"send_message {command.target_oid} {command.selector}"
+        return await self._image.attempt(note, unit, user=USER)
+
+    async def _initiate_cognitive_cycle(self, command: m.InitiateCognitiveCycle) -> Any:
+        brief = command.mission_brief
+        async with self._image.reading() as txn:
+            target = txn.find(command.target_oid).oid
+        mission_id = await self._missions.begin(target, brief, USER)
+        if not command.wait:
+            return {"mission_id": mission_id, "state": "queued"}
+        outcome = await self._missions.outcome(mission_id)
+        call = brief.call()
+        if call is None or brief.type == "task":
+            return outcome
+        message = m.SendMessage(
+            command="send_message", target_oid=target, selector=brief.selector, args=call[0], kwargs=call[1]
+        )
+        return {**outcome, "result": await self._send_message(message)}
+
+    async def _remember(self, command: m.Remember) -> Any:
+        vectors = await self._memory.embed([command.text])
+
+        def unit(txn: Txn) -> int:
+            catalog = txn.find(CATALOG)
+            return self._memory.add(
+                catalog, command.text, vectors[0], kind="document", source=command.source
+            )
+
+        return await self._image.attempt("remember", unit, user=USER)
+
+    async def _recall(self, command: m.Recall) -> Any:
+        async with self._image.reading() as txn:
+            hits = await self._memory.search(txn.find(CATALOG), [command.query], k=command.k, minimum=0.0)
+        return [hit.record() for hit in hits]
+
+    async def _ping(self, _: m.Ping) -> Any:
+        return {"pid": os.getpid(), "uptime_s": round(time.monotonic() - self._started, 3)}
+
+    async def _status(self, _: m.Status) -> Any:
+        async with self._image.reading() as txn:
+            objects = len(txn.names)
+        return {
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._started, 3),
+            "home": str(self._settings.HOME),
+            "image": {"location": self._image.location, "bytes": self._image.size(), "objects": objects},
+            "models": self._mind.resident(),
+            "queue": {lane.name: lane.told() for lane in (self._message_lane, self._mission_lane)},
+            "sandbox": {"tier": self._hands.tier, "layers": self._hands.layers},
+            "versions": _versions(),
+        }
+
+    async def _shutdown(self, _: m.Shutdown) -> Any:
+        asyncio.get_running_loop().call_later(0.05, self.stop)  # the reply first
+        return {"pid": os.getpid()}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("ZODB", "pyzmq", "ormsgpack", "pydantic", "llama-cpp-python")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"protocol": str(m.PROTOCOL_VERSION), "python": sys.version.split()[0], **versions}
+
+
+async def serve(settings: Settings) -> None:
+    """Runs a kernel until a signal, a shutdown command, or the end of its watchdog."""
+    kernel = Kernel(settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if sys.platform == "win32":
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(kernel.stop))
+        else:
+            loop.add_signal_handler(number, kernel.stop)
+    watchdog = os.environ.get("BATOS_WATCHDOG_FD")
+    if watchdog is not None:  # a pipe that the watchdog never writes to: its end means that it is gone
+        loop.add_reader(int(watchdog), kernel.stop)
+    await kernel.run()
+
+
+def main() -> int:
+    """Runs the kernel; returns the exit status: 0 after a clean stop, 2 where it can't start."""
+    argparse.ArgumentParser(
+        description="The kernel of BAT OS. Its settings: python config.py", allow_abbrev=False
+    ).parse_args()
+    if sys.platform == "win32":  # pyzmq needs a loop with add_reader
+        asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
+    try:
+        settings = Settings()
+        settings.HOME.mkdir(parents=True, exist_ok=True)
+        asyncio.run(serve(settings))
+    except HomeError as error:
+        print(f"[UVM] can't start: {error}", file=sys.stderr, flush=True)
+        return EXIT_CANNOT_START
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

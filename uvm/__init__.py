@@ -1,0 +1,1 @@
+"""The organs of BAT OS, in layers; `tests/test_layers.py` holds the table of who may import whom."""

@@ -1,0 +1,1 @@
+"""The living image: prototypes, transactions, journal and history. Layer 1."""

@@ -1,0 +1,350 @@
+"""The living image: the database, its transactions, and what may be in it.
+
+`LivingImage.transaction` is the only place that commits or aborts. Each unit of work has a connection and an
+explicit transaction manager of its own: asyncio tasks of one thread would otherwise share the thread's
+transaction and commit each other's work. Layer 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import datetime as dt
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import transaction
+import zodburi
+from persistent.mapping import PersistentMapping
+from ZODB.DB import DB
+from ZODB.FileStorage import FileStorage
+from ZODB.POSException import ConflictError, POSError, POSKeyError, UndoError
+from zc.lockfile import LockError
+
+from uvm.codec import is_oid
+from uvm.errors import (
+    Conflict,
+    ImageDamaged,
+    ImageLocked,
+    InvalidField,
+    NotUndoable,
+    ObjectExists,
+    ObjectNotFound,
+    TransactionNotFound,
+)
+from uvm.image import allowed, values
+from uvm.image.prototypes import UvmObject
+
+SCHEMA = 1
+CONFLICT_RETRIES = 5
+POOL_SIZE = 64
+
+T = TypeVar("T")
+OnCommit = Callable[[str, str, str], Awaitable[None]]
+
+
+async def blocking(work: Callable[[], T]) -> T:
+    """Runs `work` in a thread; a cancelled caller still waits for its end before it is cancelled.
+
+    A commit must not go on behind the back of whoever closes its connection.
+    """
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with suppress(Exception):
+            await task
+        raise
+
+
+class Txn:
+    """One unit of work on the image: the view of it, and the changes to it.
+
+    Attributes:
+        tid: 16-digit hex id of the transaction, once it has committed something; else empty.
+    """
+
+    def __init__(self, manager: transaction.TransactionManager, connection: Any) -> None:
+        self._manager = manager
+        self._connection = connection
+        self.tid = ""
+
+    @property
+    def root(self) -> PersistentMapping:
+        """The root of the database: `names`, `missions`, `open_missions`, `schema`."""
+        return self._connection.root()
+
+    @property
+    def names(self) -> Any:
+        """BTree of the named objects: name -> UvmObject."""
+        return self.root["names"]
+
+    @property
+    def missions(self) -> Any:
+        """BTree of the journal: mission id -> MissionRow."""
+        return self.root["missions"]
+
+    def find(self, target: str) -> UvmObject:
+        """Returns the object of this name or oid.
+
+        Raises:
+            ObjectNotFound: there is none.
+        """
+        found = self._by_oid(target) if is_oid(target) else self.names.get(target)
+        if found is None:
+            raise ObjectNotFound(f"no object {target!r} in the image", target=target)
+        return found  # type: ignore[no-any-return]
+
+    def _by_oid(self, oid: str) -> UvmObject | None:
+        try:
+            found = self._connection.get(bytes.fromhex(oid))
+        except POSKeyError:
+            return None
+        return found if isinstance(found, UvmObject) else None
+
+    def create(
+        self,
+        name: str,
+        parents: tuple[UvmObject, ...],
+        slots: dict[str, Any],
+        cls: type[UvmObject] = UvmObject,
+    ) -> UvmObject:
+        """Adds a named object; it has its oid at once.
+
+        Raises:
+            ObjectExists: the name is taken.
+        """
+        if name in self.names:
+            raise ObjectExists(f"there is already an object {name!r}", name=name)
+        created = cls(name, parents, slots)
+        self._connection.add(created)
+        self.names[name] = created
+        return created
+
+    def plain(self, value: Any) -> Any:
+        """Returns a slot's value as a plain copy, with `Ref` for objects."""
+        return values.to_plain(value)
+
+    def storable(self, value: Any, find: Callable[[str], UvmObject] | None = None) -> Any:
+        """Returns a plain value as a slot keeps it: a copy, with objects for `Ref`, looked up by `find`."""
+        return values.from_plain(value, find or self.find)
+
+    def forget_cached(self) -> None:
+        """Drops the in-memory state of unchanged objects: the next access reads the stored form."""
+        self._connection.cacheMinimize()
+
+    def savepoint(self) -> Any:
+        """Returns a savepoint: `rollback()` undoes what comes after it; nothing reaches the disk."""
+        return self._manager.savepoint()
+
+    def doom(self) -> None:
+        """Makes sure that this transaction can only end by aborting."""
+        self._manager.doom()
+
+    def undo(self, tid: str, image: LivingImage) -> None:
+        """Adds the undoing of an earlier transaction to this one."""
+        image.storage_undo(tid, self._manager.get())
+
+
+class LivingImage:
+    """The database and its transactions.
+
+    Args:
+        location: a file name, or any zodburi URI.
+        blob_dir: folder of the blobs of an image that is a file.
+        on_commit: called after each commit with the transaction's id, note and user.
+    """
+
+    def __init__(self, location: str, blob_dir: Path, on_commit: OnCommit | None = None) -> None:
+        self.location = location
+        self._blob_dir = blob_dir
+        self._on_commit = on_commit
+        self._db: Any = None
+        self._commit_lock = asyncio.Lock()
+
+    @classmethod
+    def in_memory(cls) -> LivingImage:
+        """Returns an image that lives in memory alone: for tests and demonstrations."""
+        return cls("memory://", Path())
+
+    def open(self) -> None:
+        """Opens the database, and lays the foundations of a new one.
+
+        Raises:
+            ImageLocked: another process has it open.
+            ImageDamaged: the file can't be read.
+            ForbiddenClass: the root holds what the allow-list does not know.
+        """
+        storage, options = self._storage()
+        options |= {"pool_size": POOL_SIZE, "historical_pool_size": POOL_SIZE}
+        try:
+            self._db = DB(storage, class_factory=allowed.find_class, **options)
+            self._lay_foundations()
+        except BaseException:
+            storage.close()
+            raise
+
+    def _storage(self) -> tuple[Any, dict[str, Any]]:
+        try:
+            if "://" in self.location:
+                factory, options = zodburi.resolve_uri(self.location)
+                return factory(), options
+            Path(self.location).parent.mkdir(parents=True, exist_ok=True)
+            return FileStorage(self.location, blob_dir=str(self._blob_dir)), {}
+        except LockError:
+            raise ImageLocked(
+                f"another kernel has {self.location} open; stop it with ./puter.sh stop", path=self.location
+            ) from None
+        except KeyError as error:
+            raise ImageDamaged(f"DB_FILE: {error.args[0]}", path=self.location) from None
+        except (POSError, ValueError, OSError, EOFError) as error:
+            raise ImageDamaged(
+                f"{self.location} can't be opened ({type(error).__name__}: {error}); restore a copy of it",
+                path=self.location,
+            ) from error
+
+    def _lay_foundations(self) -> None:
+        with self._db.transaction("foundations of a new image") as connection:
+            root = connection.root()
+            if "schema" not in root:
+                root.update(allowed.foundations(), schema=SCHEMA)
+            if root["schema"] != SCHEMA:
+                raise ImageDamaged(
+                    f"the image has schema {root['schema']}, this kernel knows {SCHEMA}; use the newer BAT OS",
+                    path=self.location,
+                )
+
+    def close(self) -> None:
+        """Closes the database; safe to call twice."""
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    @asynccontextmanager
+    async def transaction(self, note: str, *, user: str = "kernel") -> AsyncIterator[Txn]:
+        """Gives a unit of work its transaction; commits at the end, aborts on any exception or doom.
+
+        Raises:
+            Conflict: another transaction changed the same objects first; `attempt` tries again.
+        """
+        manager = transaction.TransactionManager(explicit=True)
+        connection = self._db.open(manager)
+        try:
+            unit = manager.begin()
+            unit.note(note)
+            unit.user = user
+            txn = Txn(manager, connection)
+            try:
+                yield txn
+                if unit.isDoomed():
+                    manager.abort()
+                else:
+                    await self._commit(manager, txn)
+            except BaseException as error:
+                manager.abort()
+                if isinstance(error, ConflictError):
+                    raise Conflict(f"other transactions kept winning ({error})", note=note) from error
+                raise
+        finally:
+            connection.close()
+
+    async def _commit(self, manager: transaction.TransactionManager, txn: Txn) -> None:
+        if not manager.get()._resources:  # nothing was changed: spare the lock and the thread
+            manager.abort()
+            return
+        note, user = manager.get().description, manager.get().user
+        async with self._commit_lock:  # FileStorage commits one at a time anyway; this makes the tid ours
+            await blocking(manager.commit)
+            txn.tid = self.last_transaction()
+        if self._on_commit is not None:
+            await self._on_commit(txn.tid, note, user)
+
+    @asynccontextmanager
+    async def reading(self, as_of: dt.datetime | str | None = None) -> AsyncIterator[Txn]:
+        """Gives a unit of work a view that it can't change, of now or of an earlier time or transaction.
+
+        Raises:
+            InvalidField: `as_of` lies in the future.
+        """
+        manager = transaction.TransactionManager(explicit=True)
+        at = bytes.fromhex(as_of) if isinstance(as_of, str) else as_of
+        try:
+            connection = self._db.open(manager, at=at)
+        except ValueError as error:
+            raise InvalidField(f"as_of: {error}", field="as_of") from None
+        try:
+            manager.begin()
+            yield Txn(manager, connection)
+        finally:
+            manager.abort()
+            connection.close()
+
+    async def attempt(self, note: str, unit: Callable[[Txn], Awaitable[T] | T], *, user: str = "kernel") -> T:
+        """Runs `unit` in a transaction, again where another transaction won; returns what it returned.
+
+        Raises:
+            Conflict: it lost `CONFLICT_RETRIES` times.
+        """
+        for left in range(CONFLICT_RETRIES - 1, -1, -1):
+            try:
+                async with self.transaction(note, user=user) as txn:
+                    result = unit(txn)
+                    return await result if isinstance(result, Awaitable) else result
+            except Conflict:
+                if not left:
+                    raise
+        raise AssertionError("unreachable")
+
+    def last_transaction(self) -> str:
+        """Returns the 16-digit hex id of the newest transaction."""
+        return str(self._db.lastTransaction().hex())
+
+    def size(self) -> int:
+        """Returns the size of the database in bytes, without blobs."""
+        return int(self._db.getSize())
+
+    def storage_undo(self, tid: str, unit: Any) -> None:
+        """Joins the undoing of transaction `tid` to `unit`.
+
+        Raises:
+            TransactionNotFound: the storage has no such transaction, or can't undo.
+        """
+        undo_id = self._undo_id(bytes.fromhex(tid))
+        if undo_id is None:
+            raise TransactionNotFound(f"no transaction {tid} that could be undone", transaction_id=tid)
+        self._db.undo(undo_id, unit)
+
+    def _undo_id(self, tid: bytes) -> Any:
+        """Returns the storage's own name of a transaction: an implementation detail of `undoLog`."""
+        if not self._db.supportsUndo():
+            return None
+        import base64
+
+        wanted = base64.encodebytes(tid).rstrip()
+        first = 0
+        while page := self._db.undoLog(first, first + 1000):
+            for entry in page:
+                if entry["id"] == wanted:
+                    return entry["id"]
+            first += len(page)
+        return None
+
+    async def undo(self, tid: str) -> str:
+        """Undoes one transaction and returns the id of the transaction that did it.
+
+        Raises:
+            TransactionNotFound: there is none of this id.
+            NotUndoable: later transactions build on it.
+        """
+        try:
+            async with self.transaction(f"undo {tid}") as txn:
+                txn.undo(tid, self)
+            return txn.tid
+        except UndoError as error:
+            raise NotUndoable(
+                f"transaction {tid} can't be undone: later ones changed the same objects ({error})",
+                transaction_id=tid,
+            ) from None
+

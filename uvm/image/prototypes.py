@@ -1,0 +1,155 @@
+"""The objects of the living image. The module path of each class here is the disk format: it never changes.
+
+A `UvmObject` has slots and parents and no class of its own making: what it does not hold itself it looks up
+through its parents, depth first. Methods are slots whose value is a `UvmMethod`: source with its provenance,
+never a function. Layer 1: knows nothing of the kernel, the mind or the hands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from persistent import Persistent
+from persistent.mapping import PersistentMapping
+
+from uvm.errors import DoesNotUnderstand
+
+
+class UvmMethod(Persistent):
+    """A method as it is stored: its source, what was asked, and every version before it.
+
+    Attributes:
+        selector: the message that it answers.
+        parameters: names of the parameters after `self`.
+        source: Python source of one function.
+        sha256: hex digest of `source`; caches of compiled code use it as their key.
+        doc: first paragraph of the docstring.
+        provenance: plain dict: who asked, which model, prompt, memories, trials, transaction note.
+        trials: plain list of `{args, kwargs, returns | raises, origin}` that this version has passed.
+        versions: earlier versions, oldest first, as plain dicts of the attributes above.
+    """
+
+    def __init__(
+        self,
+        selector: str,
+        parameters: tuple[str, ...],
+        source: str,
+        doc: str,
+        provenance: dict[str, Any],
+        trials: list[dict[str, Any]],
+        versions: tuple[dict[str, Any], ...] = (),
+    ) -> None:
+        self.selector = selector
+        self.parameters = parameters
+        self.source = source
+        self.sha256 = hashlib.sha256(source.encode()).hexdigest()
+        self.doc = doc
+        self.provenance = provenance
+        self.trials = trials
+        self.versions = versions
+
+    def record(self) -> dict[str, Any]:
+        """Returns this version as plain data, as `versions` keeps it."""
+        return {
+            "selector": self.selector,
+            "parameters": self.parameters,
+            "source": self.source,
+            "sha256": self.sha256,
+            "doc": self.doc,
+            "provenance": self.provenance,
+            "trials": self.trials,
+        }
+
+    def succeed(self, method: UvmMethod) -> UvmMethod:
+        """Returns `method` with this version and its ancestors as its history."""
+        method.versions = (*self.versions, self.record())
+        return method
+
+
+class UvmObject(Persistent):
+    """A prototype: data slots and methods in `_slots`, everything else by delegation to `parents`.
+
+    Attribute access is slot access. `_slots`, `parents` and `name` are the object itself.
+    """
+
+    _own = frozenset({"_slots", "parents", "name"})
+
+    _slots: PersistentMapping
+    parents: tuple[UvmObject, ...]
+    name: str | None
+
+    def __init__(
+        self,
+        name: str | None = None,
+        parents: tuple[UvmObject, ...] = (),
+        slots: dict[str, Any] | None = None,
+    ) -> None:
+        self._slots = PersistentMapping(slots or {})
+        self.parents = parents
+        self.name = name
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only when the instance has no such attribute. Underscore names never delegate: pickle,
+        # copy and the interpreter ask for them, and a half-loaded object must not recurse into `_slots`.
+        if name.startswith("_") or name in self._own:
+            raise AttributeError(name)
+        found = self.lookup(name)
+        if found is None:
+            raise DoesNotUnderstand(
+                f"{self.label} does not understand '{name}'", target=self.label, selector=name
+            )
+        return found[1]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._p_setattr(name, value):
+            return
+        if name in self._own:
+            super().__setattr__(name, value)
+        else:
+            self._slots[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        if self._p_delattr(name):
+            return
+        try:
+            del self._slots[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @property
+    def oid(self) -> str:
+        """16-digit hex oid; empty for an object that no transaction has committed yet."""
+        return self._p_oid.hex() if self._p_oid else ""
+
+    @property
+    def label(self) -> str:
+        """The object's name, or its oid where it has none."""
+        return self.name or self.oid or "an object not yet committed"
+
+    def chain(self) -> Iterator[UvmObject]:
+        """Yields this object, then its parents depth first, each once; cycles are legal."""
+        seen: set[int] = set()
+        stack: list[UvmObject] = [self]
+        while stack:
+            current = stack.pop()
+            if id(current) not in seen:
+                seen.add(id(current))
+                yield current
+                stack.extend(reversed(current.parents))
+
+    def lookup(self, name: str) -> tuple[UvmObject, Any] | None:
+        """Returns the object of the chain that holds slot `name` and the slot's value, or None."""
+        for owner in self.chain():
+            if name in owner._slots:
+                return owner, owner._slots[name]
+        return None
+
+    def methods(self) -> dict[str, UvmMethod]:
+        """Returns this object's own methods by selector."""
+        return {name: value for name, value in self._slots.items() if isinstance(value, UvmMethod)}
+
+    def data(self) -> dict[str, Any]:
+        """Returns this object's own data slots; values are the live ones, not copies."""
+        return {name: value for name, value in self._slots.items() if not isinstance(value, UvmMethod)}

@@ -1,0 +1,198 @@
+"""Sending a message: look the selector up, answer from a slot, a native or a hand, and take the writes in.
+
+Runs inside a transaction that its caller opened, commits nothing, and trusts nothing that a hand sends back.
+Layer 3: used by the PSM for trials and by the kernel for messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from uvm import codec
+from uvm.codec import Ref
+from uvm.errors import DoesNotUnderstand, InvalidField, ObjectNotFound, WriteSetRefused
+from uvm.hands import NATIVES, Call, HandPool, ObjectView, Outcome, SlotChanges
+from uvm.image.image import Txn
+from uvm.image.prototypes import UvmMethod, UvmObject
+from uvm.messages import is_public_name
+
+MAX_CREATED = 1000
+
+
+class TxnHost:
+    """Answers a hand's questions from one transaction."""
+
+    def __init__(self, txn: Txn) -> None:
+        self._txn = txn
+
+    def view(self, oid: str) -> ObjectView | None:
+        """Returns the object of this oid as a hand sees it, or None."""
+        try:
+            return view_of(self._txn, self._txn.find(oid))
+        except ObjectNotFound:
+            return None
+
+    def find(self, name: str) -> str | None:
+        """Returns the oid of the object of this name, or None."""
+        found = self._txn.names.get(name)
+        return None if found is None else found.oid
+
+
+def view_of(txn: Txn, target: UvmObject) -> ObjectView:
+    """Returns a snapshot of one object: plain slots, sources of its own methods."""
+    return ObjectView(
+        oid=target.oid,
+        name=target.name,
+        parents=tuple(parent.oid for parent in target.parents),
+        slots=txn.plain(target.data()),
+        methods={selector: method.source for selector, method in target.methods().items()},
+    )
+
+
+class Messenger:
+    """Sends messages to objects, in hands where a method answers."""
+
+    def __init__(self, hands: HandPool) -> None:
+        self._hands = hands
+
+    async def send(
+        self, txn: Txn, target: UvmObject, selector: str, args: list[Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, Outcome | None]:
+        """Returns the answer, and what the hand reported if one was needed; changes are applied to `txn`.
+
+        Raises:
+            DoesNotUnderstand: nobody in the chain answers, or a message inside the method was not understood.
+            MethodError: the method failed; `txn` is unchanged.
+            WriteSetRefused: it changed what a method may not change.
+        """
+        found = target.lookup(selector)
+        if found is None and selector in NATIVES:
+            return self._native(txn, target, selector, args, kwargs), None
+        if found is None:
+            raise DoesNotUnderstand(
+                f"{target.label} does not understand '{selector}'",
+                target=target.oid,
+                selector=selector,
+                args=args,
+                kwargs=kwargs,
+            )
+        if not isinstance(found[1], UvmMethod):
+            return self._slot(txn, target, selector, found[1], args, kwargs), None
+        outcome = await self.run(txn, target, selector, args, kwargs)
+        return apply(txn, outcome), outcome
+
+    async def run(
+        self,
+        txn: Txn,
+        target: UvmObject,
+        selector: str,
+        args: list[Any],
+        kwargs: dict[str, Any],
+        overlay: Mapping[str, str] | None = None,
+    ) -> Outcome:
+        """Runs a method in a hand and returns its outcome, not applied; `overlay` shadows installed sources."""
+        call = Call(target=target.oid, selector=selector, args=args, kwargs=kwargs)
+        return await self._hands.run(call, TxnHost(txn), overlay=overlay)
+
+    def _slot(
+        self, txn: Txn, target: UvmObject, slot: str, value: Any, args: list[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        if args or kwargs:
+            raise InvalidField(f"{target.label}.{slot} is a data slot and takes no arguments", field="args")
+        return txn.plain(value)
+
+    def _native(
+        self, txn: Txn, target: UvmObject, selector: str, args: list[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        expected = NATIVES[selector]
+        if kwargs or len(args) != len(expected):
+            raise InvalidField(f"{selector} takes ({', '.join(expected)})", field="args")
+        if selector == "selectors":
+            return selectors(target)
+        if selector == "understands":
+            return args[0] in selectors(target)
+        if not is_public_name(args[0]):
+            raise InvalidField("clone takes a name, such as second_obj", field="args")
+        return Ref(txn.create(args[0], (target,), {}).oid)
+
+
+def selectors(target: UvmObject) -> list[str]:
+    """Returns, sorted, what an object understands: its methods through the chain, and the natives."""
+    held = {selector for owner in target.chain() for selector in owner.methods()}
+    return sorted(held | NATIVES.keys())
+
+
+def apply(txn: Txn, outcome: Outcome) -> Any:
+    """Checks a hand's outcome, applies its write set to `txn`, and returns the result with real oids.
+
+    Raises:
+        WriteSetRefused: a method slot, a native, an underscore name, an unknown object or a taken name.
+    """
+    known = _create(txn, outcome)
+    for oid, changes in outcome.writes.items():
+        _change(txn, known, _resolve(txn, known, oid), changes)
+    return txn.plain(txn.storable(outcome.result, lambda oid: _resolve(txn, known, oid)))
+
+
+def lost_in_storage(txn: Txn, outcome: Outcome) -> list[str]:
+    """Applies a write set at a savepoint, reads it back in its stored form, and rolls back.
+
+    Returns:
+        What did not come back as it was written, as object names; empty where persistence is proven.
+
+    Raises:
+        WriteSetRefused: as `apply`.
+    """
+    if not outcome.writes and not outcome.created:
+        return []
+    before = txn.savepoint()
+    try:
+        known = _create(txn, outcome)
+        touched = [_resolve(txn, known, oid) for oid in outcome.writes]
+        for target, changes in zip(touched, outcome.writes.values(), strict=True):
+            _change(txn, known, target, changes)
+        written = [codec.encode(txn.plain(target.data())) for target in touched]
+        txn.savepoint()
+        txn.forget_cached()
+        stored = [codec.encode(txn.plain(target.data())) for target in touched]
+        return [target.label for target, was, now in zip(touched, written, stored, strict=True) if was != now]
+    finally:
+        before.rollback()
+
+
+def _create(txn: Txn, outcome: Outcome) -> dict[str, UvmObject]:
+    """Makes the objects that a method cloned; returns them by the hand's name for them, `new:N`."""
+    if len(outcome.created) > MAX_CREATED:
+        raise WriteSetRefused(f"one message may make at most {MAX_CREATED} objects")
+    known: dict[str, UvmObject] = {}
+    for new in outcome.created:
+        if not is_public_name(new.name) or new.name in txn.names:
+            raise WriteSetRefused(f"no new object can be called {new.name!r:.60}", name=new.name)
+        parents = tuple(_resolve(txn, known, oid) for oid in new.parents)
+        known[new.oid] = txn.create(new.name, parents, {})
+    return known
+
+
+def _resolve(txn: Txn, known: Mapping[str, UvmObject], oid: str) -> UvmObject:
+    if oid in known:
+        return known[oid]
+    try:
+        return txn.find(oid)
+    except ObjectNotFound:
+        raise WriteSetRefused(f"the method refers to an object that is not there: {oid}", oid=oid) from None
+
+
+def _change(txn: Txn, known: Mapping[str, UvmObject], target: UvmObject, changes: SlotChanges) -> None:
+    for slot in (*changes.set, *changes.delete):
+        found = target.lookup(slot)
+        if not is_public_name(slot) or slot in NATIVES or (found and isinstance(found[1], UvmMethod)):
+            raise WriteSetRefused(
+                f"a method can't write {target.label}.{slot}: it is no data slot",
+                target=target.label,
+                slot=slot,
+            )
+    for slot, value in changes.set.items():
+        target._slots[slot] = txn.storable(value, lambda oid: _resolve(txn, known, oid))
+    for slot in changes.delete:
+        target._slots.pop(slot, None)

@@ -1,0 +1,111 @@
+"""What the Architect does to objects directly: look, list, create, change data, and turn back time. Layer 3.
+
+Code never enters here: a data slot may not hide a method or a native.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+from uvm.errors import SlotNotFound, SlotProtected
+from uvm.hands import NATIVES
+from uvm.image import history
+from uvm.image.image import LivingImage, Txn
+from uvm.image.prototypes import UvmMethod, UvmObject
+from uvm.messenger import selectors
+
+USER = "architect"
+
+
+class Objects:
+    """The objects of one image, as commands see them; each verb is one unit of work."""
+
+    def __init__(self, image: LivingImage, root: str) -> None:
+        self._image = image
+        self._root = root
+
+    async def inspect(self, target: str, as_of: dt.datetime | str | None) -> dict[str, Any]:
+        """Returns an object's slots, parents, methods with source and provenance, and what it understands."""
+        async with self._image.reading(as_of) as txn:
+            found = txn.find(target)
+            return {
+                "name": found.name,
+                "oid": found.oid,
+                "parents": [parent.label for parent in found.parents],
+                "slots": txn.plain(found.data()),
+                "methods": {name: history.told(method) for name, method in found.methods().items()},
+                "understands": selectors(found),
+            }
+
+    async def list(
+        self, prefix: str, limit: int, after: str | None, as_of: dt.datetime | str | None
+    ) -> list[dict[str, Any]]:
+        """Returns up to `limit` named objects after `after`, by name: `{name, oid, selectors}`."""
+        start = max(after or "", prefix)
+        listed: list[dict[str, Any]] = []
+        async with self._image.reading(as_of) as txn:
+            for name, found in txn.names.items(min=start, excludemin=start == after):
+                if len(listed) == limit or not name.startswith(prefix):
+                    break
+                methods = {key: [*method.parameters] for key, method in found.methods().items()}
+                listed.append({"name": name, "oid": found.oid, "selectors": methods})
+        return listed
+
+    async def create(self, name: str, parents: list[str] | None, slots: dict[str, Any]) -> str:
+        """Creates an object and returns its oid; without parents it delegates to the root."""
+
+        def unit(txn: Txn) -> str:
+            found = tuple(txn.find(parent) for parent in parents or [self._root])
+            for slot in slots:
+                _check_is_data(slot, found)
+            return txn.create(name, found, txn.storable(slots)).oid
+
+        return await self._image.attempt(f"create_object {name}", unit, user=USER)
+
+    async def set_slot(self, target: str, slot: str, value: Any) -> None:
+        """Writes a data slot."""
+
+        def unit(txn: Txn) -> None:
+            found = txn.find(target)
+            _check_is_data(slot, (found,))
+            found._slots[slot] = txn.storable(value)
+
+        await self._image.attempt(f"set_slot {target} {slot}", unit, user=USER)
+
+    async def delete_slot(self, target: str, slot: str) -> None:
+        """Deletes a data slot that the object itself holds."""
+
+        def unit(txn: Txn) -> None:
+            found = txn.find(target)
+            _check_is_data(slot, (found,))
+            if slot not in found._slots:
+                raise SlotNotFound(f"{found.label} has no slot {slot!r} of its own", slot=slot)
+            del found._slots[slot]
+
+        await self._image.attempt(f"delete_slot {target} {slot}", unit, user=USER)
+
+    async def method_history(self, target: str, selector: str) -> list[dict[str, Any]]:
+        """Returns all versions of a method, the oldest first."""
+        async with self._image.reading() as txn:
+            return history.versions(history.own_method(txn.find(target), selector))
+
+    async def revert_method(self, target: str, selector: str, version: int | None) -> list[dict[str, Any]]:
+        """Installs an earlier version of a method again and returns all versions."""
+
+        def unit(txn: Txn) -> None:
+            history.revert(txn.find(target), selector, version)
+
+        await self._image.attempt(f"revert_method {target} {selector}", unit, user=USER)
+        return await self.method_history(target, selector)
+
+    async def undo(self, transaction_id: str) -> dict[str, Any]:
+        """Undoes a transaction; returns the id of the one that did it."""
+        return {"transaction_id": await self._image.undo(transaction_id)}
+
+
+def _check_is_data(slot: str, holders: tuple[UvmObject, ...]) -> None:
+    """Raises SlotProtected where a data slot of this name would hide a method or a native."""
+    found = [holder.lookup(slot) for holder in holders]
+    if slot in NATIVES or any(held and isinstance(held[1], UvmMethod) for held in found):
+        raise SlotProtected(f"{slot!r} is a method; teach a revision instead", slot=slot)
