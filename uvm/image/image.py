@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import datetime as dt
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +20,13 @@ import zodburi
 from persistent.mapping import PersistentMapping
 from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
-from ZODB.POSException import ConflictError, POSError, POSKeyError, UndoError
+from ZODB.POSException import ConflictError, POSError, POSKeyError, StateLoadError, UndoError
 from zc.lockfile import LockError
 
 from uvm.codec import is_oid
 from uvm.errors import (
     Conflict,
+    ForbiddenClass,
     ImageDamaged,
     ImageLocked,
     InvalidField,
@@ -57,6 +58,19 @@ async def blocking(work: Callable[[], T]) -> T:
         with suppress(Exception):
             await task
         raise
+
+
+@contextmanager
+def _typed_errors(note: str) -> Iterator[None]:
+    """Turns what ZODB raises into errors of the tree."""
+    try:
+        yield
+    except ConflictError as error:
+        raise Conflict(f"other transactions kept winning ({error})", note=note) from error
+    except StateLoadError as error:
+        if isinstance(error.__cause__, ForbiddenClass):
+            raise error.__cause__ from None
+        raise ImageDamaged(f"a record can't be read: {error.__cause__ or error}") from error
 
 
 class Txn:
@@ -180,8 +194,9 @@ class LivingImage:
         storage, options = self._storage()
         options |= {"pool_size": POOL_SIZE, "historical_pool_size": POOL_SIZE}
         try:
-            self._db = DB(storage, class_factory=allowed.find_class, **options)
-            self._lay_foundations()
+            with _typed_errors("opening"):
+                self._db = DB(storage, class_factory=allowed.find_class, **options)
+                self._lay_foundations()
         except BaseException:
             storage.close()
             raise
@@ -237,15 +252,14 @@ class LivingImage:
             unit.user = user
             txn = Txn(manager, connection)
             try:
-                yield txn
-                if unit.isDoomed():
-                    manager.abort()
-                else:
-                    await self._commit(manager, txn)
-            except BaseException as error:
+                with _typed_errors(note):
+                    yield txn
+                    if unit.isDoomed():
+                        manager.abort()
+                    else:
+                        await self._commit(manager, txn)
+            except BaseException:
                 manager.abort()
-                if isinstance(error, ConflictError):
-                    raise Conflict(f"other transactions kept winning ({error})", note=note) from error
                 raise
         finally:
             connection.close()
@@ -276,7 +290,8 @@ class LivingImage:
             raise InvalidField(f"as_of: {error}", field="as_of") from None
         try:
             manager.begin()
-            yield Txn(manager, connection)
+            with _typed_errors("reading"):
+                yield Txn(manager, connection)
         finally:
             manager.abort()
             connection.close()
