@@ -18,19 +18,20 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from uvm.memory.fractal import FractalMemory
+from uvm.mind.mind import Mind
+from uvm.mind.personas import load_personas
+
 from config import PROJECT, Settings
 from uvm import messages as m
 from uvm.awakening import CATALOG, ROOT, awaken
 from uvm.bridge import Bridge
 from uvm.errors import DoesNotUnderstand, HomeError, ShuttingDown
-from uvm.hands import HandPool
+from uvm.hands.pool import HandPool
 from uvm.image.image import LivingImage, Txn
 from uvm.lanes import Lane
-from uvm.memory import FractalMemory
 from uvm.messenger import Messenger
 from uvm.metacognition import MetacognitionLog
-from uvm.mind import Mind
-from uvm.mind.personas import load_personas
 from uvm.missions import Missions
 from uvm.objects import Objects
 from uvm.psm import PrototypalStateMachine
@@ -68,15 +69,11 @@ class Kernel:
             "send_message": self._send_message,
             # work on the image
             "inspect": self._queued(lambda c: self._objects.inspect(c.target_oid, c.as_of)),
-            "list_objects": self._queued(
-                lambda c: self._objects.list(c.prefix, c.limit, c.after, c.as_of)
-            ),
+            "list_objects": self._queued(lambda c: self._objects.list(c.prefix, c.limit, c.after, c.as_of)),
             "create_object": self._queued(lambda c: self._objects.create(c.name, c.parents, c.slots)),
             "set_slot": self._queued(lambda c: self._objects.set_slot(c.target_oid, c.slot, c.value)),
             "delete_slot": self._queued(lambda c: self._objects.delete_slot(c.target_oid, c.slot)),
-            "method_history": self._queued(
-                lambda c: self._objects.method_history(c.target_oid, c.selector)
-            ),
+            "method_history": self._queued(lambda c: self._objects.method_history(c.target_oid, c.selector)),
             "revert_method": self._queued(
                 lambda c: self._objects.revert_method(c.target_oid, c.selector, c.version)
             ),
@@ -257,9 +254,7 @@ class Kernel:
 
         def unit(txn: Txn) -> int:
             catalog = txn.find(CATALOG)
-            return self._memory.add(
-                catalog, command.text, vectors[0], kind="document", source=command.source
-            )
+            return self._memory.add(catalog, command.text, vectors[0], kind="document", source=command.source)
 
         return await self._image.attempt("remember", unit, user=USER)
 

@@ -1,8 +1,8 @@
 """The settings of BAT OS: one place, with the unit of each.
 
-Every setting can be overridden by an environment variable `BATOS_<NAME>`; lists and maps are JSON. `BATOS_HOME`
-moves every run-time file, so that several kernels, and every test, live side by side. A relative path is
-relative to `BATOS_HOME`.
+Every setting can be overridden by an environment variable `BATOS_<NAME>`; lists and maps are JSON.
+`BATOS_HOME` moves every run-time file, so that several kernels, and every test, live side by side. A
+relative path is relative to it.
 
     python config.py            prints every setting with its value
     python config.py DB_FILE    prints one value

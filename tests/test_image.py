@@ -119,7 +119,7 @@ class TestTransactions:
 
     async def test_an_exception_leaves_nothing(self, image: LivingImage) -> None:
         before = image.last_transaction()
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError):  # noqa: PT012 (the block is the unit of work)
             async with image.transaction("fails") as txn:
                 txn.create("ghost", (), {})
                 raise ZeroDivisionError
@@ -288,7 +288,8 @@ class TestAllowList:
         db.close()
 
     @pytest.mark.parametrize(
-        "value", [_Evil(), os.system, subprocess.Popen, transaction.TransactionManager, PersistentMapping(e=print)]
+        "value",
+        [_Evil(), os.system, subprocess.Popen, transaction.TransactionManager, PersistentMapping(e=print)],
     )
     async def test_a_foreign_class_raises_instead_of_importing(self, tmp_path: Path, value: Any) -> None:
         self.write(tmp_path, value)
@@ -307,7 +308,9 @@ class TestOpening:
 
     # FileStorage leaves its files open when it refuses one; the kernel ends then anyway.
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-    @pytest.mark.parametrize("content", [b"no database at all, but long enough to be looked at", b"FS21" + b"\xff" * 99])
+    @pytest.mark.parametrize(
+        "content", [b"no database at all, but long enough to be looked at", b"FS21" + b"\xff" * 99]
+    )
     def test_a_file_that_is_no_image_is_refused(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "live_image.fs").write_bytes(content)
         with pytest.raises(ImageDamaged, match="can't be opened"), opened(tmp_path):
@@ -328,7 +331,7 @@ class TestOpening:
         with opened(tmp_path) as image:
             async with image.transaction("a note to find") as txn:
                 history.install(txn.create("thing", (), {}), method("f", "def f(self, x):\n    return x\n"))
-        dump = subprocess.run(
+        dump = subprocess.run(  # noqa: ASYNC221 (nothing else runs in this test)
             [sys.executable, "-m", "ZODB.FileStorage.fsdump", str(tmp_path / "live_image.fs")],
             capture_output=True,
             text=True,

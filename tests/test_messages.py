@@ -45,7 +45,7 @@ def test_a_good_request() -> None:
         ({"selector": "two words"}, "selector"),
         ({"selector": "__class__"}, "selector"),
         ({"selector": "lambda"}, "selector"),
-        ({"selector": "ｅval"}, "selector"),
+        ({"selector": "\uff45val"}, "selector"),
         ({"selector": "x" * 101}, "selector"),
         ({"selector": 3}, "selector"),
         ({"target_oid": "../etc"}, "target_oid"),
@@ -162,6 +162,8 @@ def test_an_unknown_error_is_internal() -> None:
     assert type(errors.from_wire(reply["error"])) is errors.BatosError
 
 
-@pytest.mark.parametrize(("name", "public"), [("a", True), ("_a", False), ("a b", False), (3, False), ("0" * 16, False)])
+@pytest.mark.parametrize(
+    ("name", "public"), [("a", True), ("_a", False), ("a b", False), (3, False), ("0" * 16, False)]
+)
 def test_public_names(name: Any, public: bool) -> None:
     assert is_public_name(name) is public

@@ -1,4 +1,4 @@
-"""Lanes: how many requests of a kind run at once, and how many may wait. Layer 1, knows nothing of requests."""
+"""Lanes: how many requests of a kind run at once, and how many may wait. Layer 1."""
 
 from __future__ import annotations
 

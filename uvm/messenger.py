@@ -12,7 +12,9 @@ from typing import Any
 from uvm import codec
 from uvm.codec import Ref
 from uvm.errors import DoesNotUnderstand, InvalidField, ObjectNotFound, WriteSetRefused
-from uvm.hands import NATIVES, Call, HandPool, ObjectView, Outcome, SlotChanges
+from uvm.hands.calls import Call, ObjectView, Outcome, SlotChanges
+from uvm.hands.natives import NATIVES
+from uvm.hands.pool import HandPool
 from uvm.image.image import Txn
 from uvm.image.prototypes import UvmMethod, UvmObject
 from uvm.messages import is_public_name
@@ -91,7 +93,7 @@ class Messenger:
         kwargs: dict[str, Any],
         overlay: Mapping[str, str] | None = None,
     ) -> Outcome:
-        """Runs a method in a hand and returns its outcome, not applied; `overlay` shadows installed sources."""
+        """Returns the outcome of a method, not applied; `overlay` shadows installed sources."""
         call = Call(target=target.oid, selector=selector, args=args, kwargs=kwargs)
         return await self._hands.run(call, TxnHost(txn), overlay=overlay)
 

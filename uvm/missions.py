@@ -145,7 +145,9 @@ class Missions:
 
     async def _give_up(self, mission_id: str) -> MissionFailed:
         reason = f"mission {mission_id} was given up: the kernel died {MAX_STARTS} times while it ran"
-        await self._finish(mission_id, journal.FAILED, {"error": {"type": "MissionFailed", "message": reason}})
+        await self._finish(
+            mission_id, journal.FAILED, {"error": {"type": "MissionFailed", "message": reason}}
+        )
         return MissionFailed(reason, mission_id=mission_id)
 
     async def _finish(self, mission_id: str, state: str, outcome: dict[str, Any]) -> None:

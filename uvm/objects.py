@@ -9,7 +9,7 @@ import datetime as dt
 from typing import Any
 
 from uvm.errors import SlotNotFound, SlotProtected
-from uvm.hands import NATIVES
+from uvm.hands.natives import NATIVES
 from uvm.image import history
 from uvm.image.image import LivingImage, Txn
 from uvm.image.prototypes import UvmMethod, UvmObject

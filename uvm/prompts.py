@@ -15,7 +15,7 @@ from uvm.guardian import Finding
 from uvm.image.prototypes import UvmObject
 from uvm.memory.catalog import Hit
 from uvm.messages import Example, MissionBrief
-from uvm.mind import Message
+from uvm.mind.backends import Message
 
 MAX_SHOWN = 24  # slots, selectors or examples that a prompt shows
 MAX_VALUE = 120  # characters of a value in a prompt
@@ -24,7 +24,9 @@ MAX_MEMORY = 2400  # characters of retrieved context in a prompt
 _FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
-def decomposition(brief: MissionBrief, target: UvmObject, propose: int) -> tuple[list[Message], dict[str, Any]]:
+def decomposition(
+    brief: MissionBrief, target: UvmObject, propose: int
+) -> tuple[list[Message], dict[str, Any]]:
     """Returns the question to BRICK and the JSON schema of its answer.
 
     Args:
@@ -120,7 +122,7 @@ def short(value: Any, limit: int = MAX_VALUE) -> str:
 
 
 def extract_code(text: str, selector: str) -> str:
-    """Returns the code in a model's answer: the fenced block that defines `selector`, or what comes closest."""
+    """Returns the code in an answer: the fenced block that defines `selector`, or what comes closest."""
     blocks = [textwrap.dedent(block) for block in _FENCE.findall(text)] or [text]
     for wanted in (f"def {selector}", "def "):
         for block in blocks:

@@ -11,24 +11,23 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from uvm import prompts
-from uvm.errors import BatosError, MissionFailed, to_wire
+from uvm.cycle import Cycle
+from uvm.errors import BatosError, MissionFailed
 from uvm.guardian import Finding
-from uvm.hands import HandPool
+from uvm.hands.pool import HandPool
 from uvm.image import history, journal
 from uvm.image.image import LivingImage, Txn
-from uvm.image.prototypes import UvmMethod
-from uvm.memory import FractalMemory
-from uvm.memory.catalog import Hit
+from uvm.memory.fractal import FractalMemory
 from uvm.messages import MissionBrief
 from uvm.messenger import Messenger
 from uvm.metacognition import MetacognitionLog
-from uvm.mind import Message, Mind, Reply
+from uvm.mind.backends import Message
+from uvm.mind.mind import Mind, Reply
 from uvm.states import FINAL, State, advance
-from uvm.trials import Trial, TrialRunner, trials_of
+from uvm.trials import TrialRunner, trials_of
 
 QUERIES_TOKENS = 160
 STUDY_TOKENS = 400
@@ -36,45 +35,6 @@ MEMORIES = 4
 FRESH_TEMPERATURES = (0.0, 0.7, 0.9, 1.0)  # of the answers that start from nothing: the first is greedy
 REPAIR_TEMPERATURE = 0.2
 OWN_PERSONA_SLOT = "persona"
-
-
-@dataclass(slots=True)
-class Cycle:
-    """One run of the state machine for one mission: what it knows so far."""
-
-    id: str
-    mission_id: str
-    target: str
-    brief: MissionBrief
-    origin: str
-    state: State = State.IDLE
-    started: float = field(default_factory=time.monotonic)
-    persona: str = ""
-    queries: list[str] = field(default_factory=list)
-    sample_args: list[Any] | None = None
-    memories: list[Hit] = field(default_factory=list)
-    conversation: list[Message] = field(default_factory=list)
-    reply: Reply | None = None
-    source: str = ""
-    parameters: tuple[str, ...] = ()
-    doc: str = ""
-    trials: list[Trial] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    attempts: int = 0
-    tokens: int = 0
-    transaction_id: str = ""
-    failure: BaseException | None = None
-
-    def outcome(self) -> dict[str, Any]:
-        """Returns what the mission's row and its reply say of this cycle."""
-        told: dict[str, Any] = {
-            "attempts": self.attempts,
-            "tokens": self.tokens,
-            "seconds": round(time.monotonic() - self.started, 3),
-        }
-        if self.failure is not None:
-            told["error"] = to_wire(self.failure)
-        return told
 
 
 class PrototypalStateMachine:
@@ -206,7 +166,9 @@ class PrototypalStateMachine:
         queries = [cycle.brief.description or cycle.brief.selector.replace("_", " "), *cycle.queries]
         async with self._image.reading() as txn:
             cycle.memories = await self._memory.search(txn.find(self._catalog), queries, k=MEMORIES)
-        hits = [{"id": hit.id, "subject": hit.subject, "score": round(hit.score, 4)} for hit in cycle.memories]
+        hits = [
+            {"id": hit.id, "subject": hit.subject, "score": round(hit.score, 4)} for hit in cycle.memories
+        ]
         await self._record(cycle, "retrieval", queries=queries, hits=hits)
         return State.SYNTHESIZING
 
@@ -254,14 +216,14 @@ class PrototypalStateMachine:
 
     async def _psm_complete_process(self, cycle: Cycle) -> None:
         """Puts method, version, provenance, memory and the mission's row into the image, in one commit."""
-        text = self._memory_text(cycle)
+        text = cycle.memory_text()
         vectors = await self._memory.embed([text])
         kind = "reflection" if cycle.brief.type == "task" else "method"
 
         def install(txn: Txn) -> Txn:
             target = txn.find(cycle.target)
             if kind == "method":
-                history.install(target, self._method(cycle))
+                history.install(target, cycle.method())
             subject = f"{target.label}.{cycle.brief.selector}"
             self._memory.add(
                 txn.find(self._catalog), text, vectors[0], kind=kind, subject=subject, persona=cycle.persona
@@ -375,39 +337,6 @@ class PrototypalStateMachine:
             attempt=cycle.attempts,
         )
 
-    def _memory_text(self, cycle: Cycle) -> str:
-        if cycle.brief.type == "task" and cycle.reply is not None:
-            return cycle.reply.text.strip()
-        what = cycle.brief.description or cycle.doc or cycle.brief.selector.replace("_", " ")
-        return f"{what}\n```python\n{cycle.source}```"
-
-    def _method(self, cycle: Cycle) -> UvmMethod:
-        assert cycle.reply is not None
-        provenance = {
-            "mission_id": cycle.mission_id,
-            "origin": cycle.origin,
-            "created": time.time(),
-            "description": cycle.brief.description,
-            "persona": cycle.persona,
-            "model": cycle.reply.model,
-            "model_sha256": cycle.reply.model_sha256,
-            "adapter": cycle.reply.adapter,
-            "prompt": [
-                {"role": message.role, "content": message.content} for message in cycle.conversation
-            ],
-            "seed": cycle.attempts,
-            "memories": [{"id": hit.id, "subject": hit.subject, "score": hit.score} for hit in cycle.memories],
-            "attempts": cycle.attempts,
-        }
-        return UvmMethod(
-            selector=cycle.brief.selector,
-            parameters=cycle.parameters,
-            source=cycle.source,
-            doc=cycle.doc,
-            provenance=provenance,
-            trials=[trial.stored() for trial in cycle.trials],
-        )
-
 
 def _json_object(text: str) -> dict[str, Any]:
     """Returns the JSON object in a grammar-constrained answer; an answer cut short gives an empty one."""
@@ -416,4 +345,3 @@ def _json_object(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-

@@ -12,7 +12,7 @@ from typing import Any
 from uvm import codec, prompts
 from uvm.errors import BatosError, DoesNotUnderstand, HandTimeout, MethodRaised, ValueNotStorable
 from uvm.guardian import Finding
-from uvm.hands import Outcome
+from uvm.hands.calls import Outcome
 from uvm.image.image import Txn
 from uvm.image.prototypes import UvmObject
 from uvm.messages import Example, MissionBrief
@@ -57,7 +57,7 @@ class Verdict:
 
 
 def trials_of(brief: MissionBrief, sample_args: list[Any] | None, target: UvmObject) -> list[Trial]:
-    """Returns the trials of a mission: examples, the missed call, a sample; for a revision the old examples."""
+    """Returns a mission's trials: examples, the missed call, a sample; in a revision the old examples."""
     trials = [Trial(example.args, example.kwargs, "example", example) for example in brief.examples]
     call = brief.call()
     if call is not None:
@@ -138,11 +138,17 @@ def _expected(trial: Trial, call: str, outcome: Outcome) -> list[Finding]:
     if trial.example is None:
         return []
     if trial.example.raises is not None:
-        message = f"{call} must raise {trial.example.raises}, but it returned {prompts.short(outcome.result)}."
+        message = (
+            f"{call} must raise {trial.example.raises}, but it returned {prompts.short(outcome.result)}."
+        )
         return [Finding("example", 1, message)]
     if codec.matches(trial.example.returns, outcome.result):
         return []
     wanted, got = trial.example.returns, outcome.result
-    kinds = f" (a {type(got).__name__}, not a {type(wanted).__name__})" if type(wanted) is not type(got) else ""
-    message = f"{call} must return {prompts.short(wanted, 300)}, but it returned {prompts.short(got, 300)}{kinds}."
+    kinds = (
+        f" (a {type(got).__name__}, not a {type(wanted).__name__})" if type(wanted) is not type(got) else ""
+    )
+    message = (
+        f"{call} must return {prompts.short(wanted, 300)}, but it returned {prompts.short(got, 300)}{kinds}."
+    )
     return [Finding("example", 1, message)]

@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 import transaction
 import zodburi
 from persistent.mapping import PersistentMapping
+from zc.lockfile import LockError
 from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
 from ZODB.POSException import ConflictError, POSError, POSKeyError, StateLoadError, UndoError
-from zc.lockfile import LockError
 
 from uvm.codec import is_oid
 from uvm.errors import (
@@ -227,7 +227,7 @@ class LivingImage:
                 root.update(allowed.foundations(), schema=SCHEMA)
             if root["schema"] != SCHEMA:
                 raise ImageDamaged(
-                    f"the image has schema {root['schema']}, this kernel knows {SCHEMA}; use the newer BAT OS",
+                    f"the image has schema {root['schema']}, this kernel knows {SCHEMA}; use a newer one",
                     path=self.location,
                 )
 
@@ -335,7 +335,6 @@ class LivingImage:
         """Returns the storage's own name of a transaction: an implementation detail of `undoLog`."""
         if not self._db.supportsUndo():
             return None
-        import base64
 
         wanted = base64.encodebytes(tid).rstrip()
         first = 0
@@ -362,4 +361,3 @@ class LivingImage:
                 f"transaction {tid} can't be undone: later ones changed the same objects ({error})",
                 transaction_id=tid,
             ) from None
-

@@ -1,0 +1,164 @@
+"""`python -m bench dispatch`: what a message costs beside a bare ZeroMQ echo and a bare ZODB commit.
+
+The kernel, the echo and the bare commits run alternately in the same minutes on the same machine, so that
+what the machine does meanwhile falls on all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import transaction
+import zmq
+import zmq.asyncio
+from bench.figures import Figure, percentile
+from ZODB.DB import DB
+from ZODB.FileStorage import FileStorage
+
+from evals.kernels import free_endpoint, running
+from uvm.client import Kernel
+from uvm.image.prototypes import UvmObject
+
+ROUNDS = 8
+MESSAGES = 150  # of each kind in a round
+CLIENTS = 4
+TARGET = "genesis_obj"
+SOURCES = {
+    "square": "def square(self, x):\n    return x * x\n",
+    "increment": (
+        "def increment(self):\n"
+        "    self.count = (self.count if hasattr(self, 'count') else 0) + 1\n"
+        "    self._p_changed = True\n"
+        "    return self.count\n"
+    ),
+}
+ECHO = """
+import asyncio, sys, zmq, zmq.asyncio
+async def main():
+    socket = zmq.asyncio.Context().socket(zmq.ROUTER)
+    socket.bind(sys.argv[1])
+    print("ready", flush=True)
+    while True:
+        await socket.send_multipart(await socket.recv_multipart())
+asyncio.run(main())
+"""
+
+
+async def run() -> list[Figure]:
+    """Measures and returns the figures."""
+    with tempfile.TemporaryDirectory(prefix="batos-bench-") as folder:
+        home = Path(folder)
+        async with running(home / "kernel", scripted(home)) as kernel, _Echo() as echo:
+            await kernel.teach(TARGET, "square", ["x"], "Return x times x.")
+            await kernel.teach(TARGET, "increment", [], "Count.")
+            return await _measure(kernel, echo, home / "bare.fs")
+
+
+def scripted(folder: Path) -> dict[str, str]:
+    """Returns settings for a kernel whose personas recite the two methods of this bench."""
+    script = folder / "script.json"
+    rules = [
+        {"pattern": f"Write `def {name}", "reply": f"```python\n{code}```"} for name, code in SOURCES.items()
+    ]
+    script.write_text(json.dumps([*rules, {"pattern": None, "reply": '{"queries": ["arithmetic"]}'}]))
+    personas = ("ALFRED", "BRICK", "ROBIN", "BABS")
+    return {"PERSONA_MODELS": json.dumps(dict.fromkeys(personas, f"scripted:{script}"))}
+
+
+async def _measure(kernel: Kernel, echo: _Echo, bare_file: Path) -> list[Figure]:
+    async def read() -> None:
+        await kernel.send(TARGET, "square", 12)
+
+    async def write() -> None:
+        await kernel.send(TARGET, "increment")
+
+    timed: dict[str, list[float]] = {"read": [], "echo": [], "write": [], "commit": []}
+    rates: list[float] = []
+    with _BareImage(bare_file) as bare:
+        for _ in range(ROUNDS):
+            timed["read"] += await _times(read, MESSAGES)
+            timed["echo"] += await _times(echo.round_trip, MESSAGES)
+            timed["write"] += await _times(write, MESSAGES // 3)
+            timed["commit"] += await _times(bare.commit, MESSAGES // 3)
+            rates.append(await _rate(read, MESSAGES, CLIENTS))
+    p50 = {name: percentile(times, 50) * 1000 for name, times in timed.items()}
+    p95 = {name: percentile(times, 95) * 1000 for name, times in timed.items()}
+    return [
+        Figure("reading message, p50", p50["read"], "ms", p50["echo"], p50["read"] / p50["echo"]),
+        Figure("reading message, p95", p95["read"], "ms", p95["echo"], p95["read"] / p95["echo"]),
+        Figure("mutating message, p50", p50["write"], "ms", p50["commit"], p50["write"] / p50["commit"]),
+        Figure(f"reading messages, {CLIENTS} at once", statistics.median(rates), "1/s", None, None),
+    ]
+
+
+async def _times(work: Callable[[], Awaitable[None]], count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        await work()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+async def _rate(work: Callable[[], Awaitable[None]], count: int, clients: int) -> float:
+    started = time.perf_counter()
+    await asyncio.gather(*(_times(work, count // clients) for _ in range(clients)))
+    return count / (time.perf_counter() - started)
+
+
+class _Echo:
+    """The raw limit of a round trip: an asyncio ROUTER in another process that sends back what it gets."""
+
+    async def __aenter__(self) -> _Echo:
+        endpoint = free_endpoint()
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", ECHO, endpoint, stdout=asyncio.subprocess.PIPE
+        )
+        assert self._process.stdout is not None
+        await self._process.stdout.readline()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.connect(endpoint)
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        self._context.destroy(linger=0)
+        self._process.kill()
+        await self._process.wait()
+
+    async def round_trip(self) -> None:
+        await self._socket.send(b"x" * 100)
+        await self._socket.recv()
+
+
+class _BareImage:
+    """The raw limit of a mutating message: one attribute changed and committed by ZODB alone."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> _BareImage:
+        self._db = DB(FileStorage(str(self._path)))
+        self._manager = transaction.TransactionManager(explicit=True)
+        self._connection = self._db.open(self._manager)
+        self._manager.begin()
+        self._thing = self._connection.root()["thing"] = UvmObject("thing", (), {"count": 0})
+        self._manager.commit()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._connection.close()
+        self._db.close()
+
+    async def commit(self) -> None:
+        self._manager.begin()
+        self._thing.count += 1
+        self._manager.commit()

@@ -1,0 +1,65 @@
+"""The log: one JSON object a line, in order, on disk before the caller moves on."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uvm.metacognition import MetacognitionLog
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+async def test_a_record_is_on_disk_when_record_returns(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "metacognition.jsonl"
+    heard: list[tuple[str, dict[str, Any]]] = []
+    log = MetacognitionLog(path, (lambda event, fields: heard.append((event, fields)),))
+    await log.record("transition", state="IDLE", text="zwei\nZeilen, ünïcode", odd={1, 2})
+    (record,) = lines(path)
+    assert record["event"] == "transition"
+    assert (record["seq"], record["text"], record["odd"]) == (1, "zwei\nZeilen, ünïcode", "{1, 2}")
+    assert record["ts"].endswith("+00:00")
+    assert heard[0][0] == "transition"
+    await log.close()
+
+
+async def test_records_of_many_tasks_stay_in_order(tmp_path: Path) -> None:
+    log = MetacognitionLog(tmp_path / "log")
+    await asyncio.gather(*(log.record("thought", n=n) for n in range(100)))
+    await log.close()
+    assert [record["seq"] for record in lines(tmp_path / "log")] == list(range(1, 101))
+
+
+async def test_seq_goes_on_after_a_restart_and_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = MetacognitionLog(path)
+    await log.record("one")
+    await log.close()
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"ts": "2020", "seq": 2, "eve')
+    log = MetacognitionLog(path)
+    await log.record("two")
+    await log.close()
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    assert [json.loads(line)["seq"] for line in whole] == [1, 2]
+
+
+async def test_a_record_that_can_not_be_written_raises(tmp_path: Path) -> None:
+    log = MetacognitionLog(tmp_path / "gone" / "log")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(OSError, match="gone"):
+        await log.record("lost")
+    await log.close()
+
+
+async def test_tokens_are_announced_but_not_logged(tmp_path: Path) -> None:
+    heard: list[str] = []
+    log = MetacognitionLog(tmp_path / "log", (lambda event, fields: heard.append(fields["text"]),))
+    log.announce("token", text="def")
+    assert heard == ["def"]
+    assert not (tmp_path / "log").exists()
+    await log.close()
