@@ -295,10 +295,11 @@ async def serve(settings: Settings) -> None:
     """Runs a kernel until a signal, a shutdown command, or the end of its watchdog."""
     kernel = Kernel(settings)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if sys.platform == "win32":
+    if sys.platform == "win32":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK):
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(kernel.stop))
-        else:
+    else:
+        for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, kernel.stop)
     watchdog = os.environ.get("BATOS_WATCHDOG_FD")
     if watchdog is not None:  # a pipe that the watchdog never writes to: its end means that it is gone

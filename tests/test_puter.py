@@ -126,6 +126,8 @@ def test_without_windows_the_watchdog_goes_to_the_background(project: Project) -
     assert (result.returncode, result.stdout) == (0, "client []\n")
     assert "The kernel goes on in the background" in result.stderr
     assert "Starting batos.py..." in (project.home / "run" / "watchdog.log").read_text()
+    watchdog = int((project.home / "run" / "watchdog.pid").read_text())
+    assert os.getsid(watchdog) == watchdog  # no terminal can end it
 
     status = project.puter("status")
     assert (status.returncode, status.stdout) == (0, "status: live\n")

@@ -172,6 +172,28 @@ def test_starts_that_fail_again_and_again_end_in_fatal(service: Service) -> None
 
 
 @pytest.mark.slow
+def test_only_failures_in_a_row_are_counted(service: Service) -> None:
+    kernel = f"""
+        import pathlib, sys, time
+        starts = pathlib.Path(__file__).with_name("starts")
+        number = len(starts.read_text()) if starts.exists() else 0
+        starts.write_text("x" * (number + 1))
+        if number == 1:
+            time.sleep(1)  # long enough to count as started
+        if number < 3:
+            sys.exit("out of luck")
+        {LIVES}
+    """
+    process = service.start(kernel, retries="1", startsecs="0.2")
+    wait_until(lambda: "live" in service.log() or process.poll() is not None)
+    process.terminate()
+    status, output = finish(process)
+    assert status == 0
+    assert output.count("STARTING -> BACKOFF") == 2
+    assert output.count("RUNNING -> BACKOFF") == 1
+
+
+@pytest.mark.slow
 def test_pauses_double(service: Service) -> None:
     _, output = finish(service.start("raise SystemExit(1)", retries="3", backoff="0.01"))
     assert re.findall(r"again after (\S+) s", output) == ["0.01", "0.02", "0.04"]
@@ -261,7 +283,7 @@ def test_a_killed_watchdog_leaves_no_orphan_and_no_lock(service: Service) -> Non
     wait_until(lambda: "pid" in service.log())
     process.kill()
     process.wait()
-    wait_until(lambda: "alone" in service.log())
+    wait_until(lambda: "alone" in service.log().splitlines())
     assert (service.home / "run" / "watchdog.pid").read_text().strip() == str(process.pid)
     assert service.running_pid() == ""
     again = service.start(LIVES)

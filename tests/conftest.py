@@ -1,0 +1,56 @@
+"""What several tests share: kernels of their own with personas that recite a script."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.kernels import KernelProcess
+
+PERSONAS = ("ALFRED", "BRICK", "ROBIN", "BABS")
+QUERIES = {"pattern": "short search queries", "reply": '{"queries": ["a method"], "sample_args": []}'}
+
+
+def writes(selector: str, *answers: str) -> list[dict[str, Any]]:
+    """Returns script lines: asked to write `selector`, the personas answer these, one after the other.
+
+    A line without the fence is fenced as Python. Requests to mend are answered by the later lines too.
+    """
+    pattern = f"Write `def {selector}\\b|Write the whole corrected method"
+    fenced = [text if "```" in text else f"```python\n{text}\n```" for text in answers]
+    return [{"pattern": pattern, "reply": text} for text in fenced]
+
+
+def scripted(folder: Path, lines: list[dict[str, Any]], **settings: str) -> dict[str, str]:
+    """Returns the settings of a kernel that recites `lines`, with a memory that needs no model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / "script.json"
+    script.write_text(json.dumps([QUERIES, *lines]), encoding="utf-8")
+    return {
+        "PERSONA_MODELS": json.dumps(dict.fromkeys(PERSONAS, f"scripted:{script}")),
+        "SENTENCE_TRANSFORMER_MODEL": "hashing",
+        "HAND_TIMEOUT_S": "2",
+        "HAND_MEMORY_MIB": "128",
+        **settings,
+    }
+
+
+Start = Callable[..., KernelProcess]
+
+
+@pytest.fixture
+def start_kernel(tmp_path: Path) -> Iterator[Start]:
+    """Starts real kernels; the same `home` again is the same image. All are killed in the end."""
+    started: list[KernelProcess] = []
+
+    def start(settings: Mapping[str, str], home: str = "home") -> KernelProcess:
+        kernel = KernelProcess(tmp_path / home, settings)
+        started.append(kernel)
+        kernel.start()
+        return kernel
+
+    yield start
+    for kernel in started:
+        kernel.kill()
