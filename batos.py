@@ -18,7 +18,9 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from uvm.memory.embedder import Embedder, Hashing, MiniLM
 from uvm.memory.fractal import FractalMemory
+from uvm.mind.assets import locate
 from uvm.mind.mind import Mind
 from uvm.mind.personas import load_personas
 
@@ -93,6 +95,8 @@ class Kernel:
         closing: list[Callable[[], Any]] = []
         try:
             await self._start(closing)
+            warming = asyncio.create_task(self._memory.warm())  # takes seconds; the first mission needs it
+            closing.append(warming.cancel)
             await self._stop.wait()
             say("Shutting down...")
         finally:
@@ -145,7 +149,7 @@ class Kernel:
             memory_budget_mib=settings.MEMORY_BUDGET_MIB,
             on_event=self._log.record,
         )
-        self._memory = FractalMemory.of_asset(settings.SENTENCE_TRANSFORMER_MODEL, settings.MODELS_DIR)
+        self._memory = FractalMemory(_embedder(settings))
         self._messenger = Messenger(self._hands)
         psm = PrototypalStateMachine(
             image=self._image,
@@ -285,6 +289,12 @@ class Kernel:
         return {"pid": os.getpid()}
 
 
+def _embedder(settings: Settings) -> Embedder:
+    """Returns the memory's embedder; `hashing` names the one that needs no model."""
+    model = settings.SENTENCE_TRANSFORMER_MODEL
+    return Hashing() if model == "hashing" else MiniLM(locate(model, settings.MODELS_DIR))
+
+
 def _versions() -> dict[str, str]:
     packages = ("ZODB", "pyzmq", "ormsgpack", "pydantic", "llama-cpp-python")
     versions = {name: importlib.metadata.version(name) for name in packages}
@@ -325,4 +335,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # all is closed; a library that is still loading in a thread must not delay or disturb

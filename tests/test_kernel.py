@@ -114,7 +114,9 @@ async def test_generated_code_that_runs_wild_is_a_typed_error(start_kernel: Star
     process = start_kernel(scripted(tmp_path, lines, MAX_SYNTHESIS_ATTEMPTS="1"))
     async with process.client() as kernel:
         for name in ("spin", "swell", "crash"):
-            await kernel.teach("genesis_obj", name, ["x"], examples=[{"args": [0], "returns": 0 if name != "crash" else 1}])
+            await kernel.teach(
+                "genesis_obj", name, ["x"], examples=[{"args": [0], "returns": 0 if name != "crash" else 1}]
+            )
         before = await kernel.request("inspect", target_oid="genesis_obj")
         with pytest.raises(errors.HandTimeout):
             await kernel.send("genesis_obj", "spin", 1)
@@ -122,7 +124,7 @@ async def test_generated_code_that_runs_wild_is_a_typed_error(start_kernel: Star
             await kernel.send("genesis_obj", "swell", 1)
         with pytest.raises(errors.MethodRaised, match="ZeroDivisionError"):
             await kernel.send("genesis_obj", "crash", 1)
-        with pytest.raises(errors.MissionFailed, match="_os"):
+        with pytest.raises(errors.MissionFailed, match="_exit"):
             await kernel.teach("genesis_obj", "leave", ["x"], examples=[{"args": [0], "returns": 0}])
         assert await kernel.send("genesis_obj", "crash", 0) == 1
         assert await kernel.request("inspect", target_oid="genesis_obj") == before
@@ -136,10 +138,10 @@ async def test_a_failed_cycle_leaves_nothing_but_its_row(start_kernel: Start, tm
         "def answer(self, x):\n    return " + "x + " * 400 + "x",
         "def answer(self, x):\n    return 41",
     ]
-    lines = [line for text in answers for line in writes("answer", text if "def" in text else f"```\n{text}\n```")]
-    process = start_kernel(
-        scripted(tmp_path, lines, MAX_SYNTHESIS_ATTEMPTS="5", MAX_SYNTHESIS_TOKENS="200")
-    )
+    lines = [
+        line for text in answers for line in writes("answer", text if "def" in text else f"```\n{text}\n```")
+    ]
+    process = start_kernel(scripted(tmp_path, lines, MAX_SYNTHESIS_ATTEMPTS="5", MAX_SYNTHESIS_TOKENS="200"))
     async with process.client() as kernel:
         before = [await kernel.request("inspect", target_oid=row["oid"]) for row in await objects(kernel)]
         with pytest.raises(errors.MissionFailed, match="must return 42, but it returned 41") as failure:
@@ -278,7 +280,9 @@ async def test_a_stranger_gets_no_answer(start_kernel: Start, tmp_path: Path) ->
     zmq.auth.create_certificates(stranger, "client")
     (stranger / "kernel.key").write_bytes((process.home / "keys" / "kernel.key").read_bytes())
     environment = process.environment
-    client = Kernel(environment["BATOS_ZMQ_ENDPOINT"], environment["BATOS_ZMQ_EVENTS_ENDPOINT"], stranger, 1.0)
+    client = Kernel(
+        environment["BATOS_ZMQ_ENDPOINT"], environment["BATOS_ZMQ_EVENTS_ENDPOINT"], stranger, 1.0
+    )
     with pytest.raises(errors.KernelUnreachable):
         await client.__aenter__()
     assert oct((process.home / "keys").stat().st_mode)[-3:] == "700"
@@ -310,7 +314,9 @@ async def test_a_full_queue_is_a_typed_error_and_control_goes_on(start_kernel: S
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-async def test_a_mission_survives_the_end_of_its_kernel(start_kernel: Start, tmp_path: Path, end: str) -> None:
+async def test_a_mission_survives_the_end_of_its_kernel(
+    start_kernel: Start, tmp_path: Path, end: str
+) -> None:
     lines = [STALLS, *writes("slow_square", SQUARE.replace("square", "slow_square"))]
     process = start_kernel(scripted(tmp_path, lines))
     async with process.client() as kernel:
@@ -362,7 +368,12 @@ def test_the_heavy_libraries_are_not_loaded_before_the_kernel_is_live(tmp_path: 
     kernel = KernelProcess(tmp_path / "home")
     for _ in range(2):  # a new image, then an existing one
         done = subprocess.run(
-            [sys.executable, "-c", code], env=kernel.environment, cwd=PROJECT, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env=kernel.environment,
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         *_, live, modules = done.stdout.splitlines()
         assert live == "[UVM] System is live. Awaiting Architect's command..."

@@ -1,0 +1,1 @@
+"""The Fractal Memory: what the system has learned, searched by meaning. Layer 2."""
