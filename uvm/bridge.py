@@ -64,7 +64,7 @@ class Bridge:
         handler: Handler,
         report: Callable[[BaseException], None],
     ) -> None:
-        self._endpoints = {zmq.ROUTER: endpoint, zmq.XPUB: events_endpoint}
+        self._endpoints = {zmq.SocketType.ROUTER: endpoint, zmq.SocketType.XPUB: events_endpoint}
         self._keys_dir = keys_dir
         self._max_message_bytes = max_message_bytes
         self._handler = handler
@@ -84,8 +84,8 @@ class Bridge:
         ensure_keys(self._keys_dir)
         self._authenticator.start()
         self._authenticator.configure_curve(domain="*", location=str(self._keys_dir / "clients"))
-        self._router = self._bind(zmq.ROUTER)
-        self._events = self._bind(zmq.XPUB)
+        self._router = self._bind(zmq.SocketType.ROUTER)
+        self._events = self._bind(zmq.SocketType.XPUB)
         self._readers = [
             asyncio.create_task(self._read_requests()),
             asyncio.create_task(self._read_subscriptions()),
@@ -110,7 +110,7 @@ class Bridge:
         self._authenticator.stop()
         self._context.destroy(linger=200)
 
-    def _bind(self, kind: int) -> zmq.asyncio.Socket:
+    def _bind(self, kind: zmq.SocketType) -> zmq.asyncio.Socket:
         socket = self._context.socket(kind)
         socket.curve_publickey, socket.curve_secretkey = zmq.auth.load_certificate(
             self._keys_dir / "kernel.key_secret"

@@ -239,13 +239,13 @@ def _build_timezone(payload: bytes) -> dt.timezone:
 
 
 def _build_datetime(payload: bytes) -> dt.datetime:
-    *parts, fold, zone = _inner(payload)
-    return dt.datetime(*parts, fold=fold, tzinfo=zone)
+    year, month, day, hour, minute, second, microsecond, fold, zone = _inner(payload)
+    return dt.datetime(year, month, day, hour, minute, second, microsecond, zone, fold=fold)
 
 
 def _build_time(payload: bytes) -> dt.time:
-    *parts, fold, zone = _inner(payload)
-    return dt.time(*parts, fold=fold, tzinfo=zone)
+    hour, minute, second, microsecond, fold, zone = _inner(payload)
+    return dt.time(hour, minute, second, microsecond, zone, fold=fold)
 
 
 def _build_ref(payload: bytes) -> Ref:

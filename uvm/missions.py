@@ -10,12 +10,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from uvm.cycle import Cycle
 from uvm.errors import DoesNotUnderstand, MissionCancelled, MissionFailed
 from uvm.image import journal
 from uvm.image.image import LivingImage, Txn
 from uvm.lanes import Lane
 from uvm.messages import MissionBrief
-from uvm.psm import Cycle, PrototypalStateMachine
+from uvm.psm import PrototypalStateMachine
 
 MAX_STARTS = 3  # a kernel that died so often in the middle of a mission does not try it again
 

@@ -38,19 +38,19 @@ class Objects:
                 "understands": selectors(found),
             }
 
-    async def list(
+    async def listed(
         self, prefix: str, limit: int, after: str | None, as_of: dt.datetime | str | None
     ) -> list[dict[str, Any]]:
         """Returns up to `limit` named objects after `after`, by name: `{name, oid, selectors}`."""
         start = max(after or "", prefix)
-        listed: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         async with self._image.reading(as_of) as txn:
             for name, found in txn.names.items(min=start, excludemin=start == after):
-                if len(listed) == limit or not name.startswith(prefix):
+                if len(rows) == limit or not name.startswith(prefix):
                     break
                 methods = {key: [*method.parameters] for key, method in found.methods().items()}
-                listed.append({"name": name, "oid": found.oid, "selectors": methods})
-        return listed
+                rows.append({"name": name, "oid": found.oid, "selectors": methods})
+        return rows
 
     async def create(self, name: str, parents: list[str] | None, slots: dict[str, Any]) -> str:
         """Creates an object and returns its oid; without parents it delegates to the root."""

@@ -301,10 +301,8 @@ class PrototypalStateMachine:
 
     async def _audit(self, cycle: Cycle) -> list[Finding]:
         """Returns what the guardian refuses; what it could mend is mended and logged."""
-        if cycle.reply is not None and cycle.reply.finish == "length":
-            return [
-                Finding("endless", 1, f"The answer did not end within {self._max_tokens} tokens; be brief.")
-            ]
+        if unusable := self._unusable(cycle):
+            return [unusable]
         brief = cycle.brief
         audit = await self._hands.audit(cycle.source, brief.selector, brief.parameter_names())
         cycle.source, cycle.parameters, cycle.doc = audit.source, audit.parameters, audit.doc
@@ -312,6 +310,15 @@ class PrototypalStateMachine:
             if finding.mended:
                 await self._record_finding(cycle, finding)
         return [finding for finding in audit.findings if not finding.mended]
+
+    def _unusable(self, cycle: Cycle) -> Finding | None:
+        if cycle.reply is not None and cycle.reply.finish == "length":
+            told = f"The answer did not end within {self._max_tokens} tokens; write a shorter method."
+            return Finding("endless", 1, told)
+        if "def " not in cycle.source:
+            told = f"Answer with one ```python block that defines `{cycle.brief.selector}`, and nothing else."
+            return Finding("no-code", 1, told)
+        return None
 
     async def _try(self, cycle: Cycle) -> list[Finding]:
         """Runs the trials in a transaction that can only abort."""

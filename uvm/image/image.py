@@ -13,11 +13,11 @@ import datetime as dt
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
-import transaction
 import zodburi
 from persistent.mapping import PersistentMapping
+from transaction import TransactionManager
 from zc.lockfile import LockError
 from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
@@ -80,7 +80,7 @@ class Txn:
         tid: 16-digit hex id of the transaction, once it has committed something; else empty.
     """
 
-    def __init__(self, manager: transaction.TransactionManager, connection: Any) -> None:
+    def __init__(self, manager: TransactionManager, connection: Any) -> None:
         self._manager = manager
         self._connection = connection
         self.tid = ""
@@ -109,7 +109,7 @@ class Txn:
         found = self._by_oid(target) if is_oid(target) else self.names.get(target)
         if found is None:
             raise ObjectNotFound(f"no object {target!r} in the image", target=target)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def _by_oid(self, oid: str) -> UvmObject | None:
         try:
@@ -244,7 +244,7 @@ class LivingImage:
         Raises:
             Conflict: another transaction changed the same objects first; `attempt` tries again.
         """
-        manager = transaction.TransactionManager(explicit=True)
+        manager = TransactionManager(explicit=True)
         connection = self._db.open(manager)
         try:
             unit = manager.begin()
@@ -264,7 +264,7 @@ class LivingImage:
         finally:
             connection.close()
 
-    async def _commit(self, manager: transaction.TransactionManager, txn: Txn) -> None:
+    async def _commit(self, manager: TransactionManager, txn: Txn) -> None:
         if not manager.get()._resources:  # nothing was changed: spare the lock and the thread
             manager.abort()
             return
@@ -282,7 +282,7 @@ class LivingImage:
         Raises:
             InvalidField: `as_of` lies in the future.
         """
-        manager = transaction.TransactionManager(explicit=True)
+        manager = TransactionManager(explicit=True)
         at = bytes.fromhex(as_of) if isinstance(as_of, str) else as_of
         try:
             connection = self._db.open(manager, at=at)
@@ -296,7 +296,13 @@ class LivingImage:
             manager.abort()
             connection.close()
 
-    async def attempt(self, note: str, unit: Callable[[Txn], Awaitable[T] | T], *, user: str = "kernel") -> T:
+    @overload
+    async def attempt(self, note: str, unit: Callable[[Txn], Awaitable[T]], *, user: str = "kernel") -> T: ...
+
+    @overload
+    async def attempt(self, note: str, unit: Callable[[Txn], T], *, user: str = "kernel") -> T: ...
+
+    async def attempt(self, note: str, unit: Callable[[Txn], Any], *, user: str = "kernel") -> Any:
         """Runs `unit` in a transaction, again where another transaction won; returns what it returned.
 
         Raises:

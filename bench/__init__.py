@@ -1,0 +1,1 @@
+"""Benchmarks: what BAT OS costs beside the raw limits. `python -m bench --help`."""

@@ -1,0 +1,150 @@
+"""What a hand hands in, checked: frames become an `Outcome`, an `Audit` or an error of the tree.
+
+The kernel trusts nothing that comes back: keys and types are exact, a hand can write only objects that it
+was shown or made. Kernel's side; no I/O here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+from uvm.codec import decode, is_oid
+from uvm.errors import DoesNotUnderstand, MalformedMessage, MethodRaised, ValueNotStorable
+from uvm.guardian import Audit, Finding
+from uvm.hands.calls import Created, Outcome, SlotChanges
+from uvm.hands.frames import MAX_PRINTED
+from uvm.hands.natives import MAX_NAME, is_public
+
+MAX_TEXT = 4000  # characters of an error's text, or of a line of its traceback
+MAX_LINES = 50
+
+
+def returned(payload: Any, shown: Set[str], seconds: float) -> Outcome:
+    """Returns the outcome of a `returned` frame.
+
+    Args:
+        shown: oids of the objects that the hand may change.
+
+    Raises:
+        MalformedMessage: the payload is not what an honest hand sends.
+    """
+    result, writes, created, discarded, printed = _fields(
+        payload, result=bytes, writes=dict, created=list, discarded=dict, printed=str
+    )
+    _demand(len(printed) <= MAX_PRINTED, "too much print")
+    made = _created(created, shown)
+    known = shown | {new.oid for new in made}
+    _demand(writes.keys() | discarded.keys() <= known, "a change of an object that it was not shown")
+    return Outcome(
+        result=decode(result),
+        writes={oid: _changes(changes) for oid, changes in writes.items()},
+        created=made,
+        discarded={oid: tuple(_texts(slots)) for oid, slots in discarded.items()},
+        printed=printed,
+        seconds=seconds,
+    )
+
+
+def raised(payload: Any) -> MethodRaised:
+    """Returns the error of a `raised` frame."""
+    message, exception, traceback, selector = _fields(
+        payload, message=str, exception=str, traceback=list, selector=str
+    )
+    lines = [line[:MAX_TEXT] for line in _texts(traceback)[:MAX_LINES]]
+    return MethodRaised(
+        message[:MAX_TEXT], exception=exception[:MAX_NAME], traceback=lines, selector=selector
+    )
+
+
+def missed(payload: Any, shown: Set[str]) -> DoesNotUnderstand:
+    """Returns the error of a `missed` frame; what is not known of the message is None."""
+    message, target, selector, parameters, call = _fields(
+        payload,
+        message=str,
+        target=str,
+        selector=str,
+        parameters=(list, type(None)),
+        call=(bytes, type(None)),
+    )
+    _demand(target in shown and selector.isidentifier(), "a miss of no message to an object that it knows")
+    args, kwargs = _call(decode(call)) if call is not None else (None, None)
+    return DoesNotUnderstand(
+        message[:MAX_TEXT],
+        target=target,
+        selector=selector,
+        args=args,
+        kwargs=kwargs,
+        parameters=None if parameters is None else _texts(parameters),
+    )
+
+
+def unstorable(payload: Any) -> ValueNotStorable:
+    """Returns the error of an `unstorable` frame."""
+    message, path, kind = _fields(payload, message=str, path=str, type=str)
+    return ValueNotStorable(message[:MAX_TEXT], path=path, type=kind)
+
+
+def audited(payload: Any) -> Audit:
+    """Returns the audit of an `audited` frame."""
+    source, findings, parameters, doc = _fields(payload, source=str, findings=list, parameters=list, doc=str)
+    return Audit(source, tuple(map(_finding, findings)), tuple(_texts(parameters)), doc)
+
+
+def checked(payload: Any) -> dict[str, bool]:
+    """Returns which layers of the sandbox hold, as a `checked` frame says."""
+    _demand(type(payload) is dict and all(type(holds) is bool for holds in payload.values()), "no layers")
+    return dict(payload)
+
+
+def _demand(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise MalformedMessage(otherwise)
+
+
+def _fields(payload: Any, **kinds: type | tuple[type, ...]) -> list[Any]:
+    """Returns the values of a map that has exactly these keys with exactly these types."""
+    _demand(type(payload) is dict and payload.keys() == kinds.keys(), f"not a map of {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        _demand(type(payload[key]) in allowed, f"{key} is a {type(payload[key]).__name__}")
+    return [payload[key] for key in kinds]
+
+
+def _items(value: Any, *kinds: type) -> list[Any]:
+    _demand(type(value) is list and [type(item) for item in value] == list(kinds), "not the expected items")
+    return list(value)
+
+
+def _texts(value: Any) -> list[str]:
+    _demand(type(value) is list and all(type(item) is str for item in value), "not a list of texts")
+    return list(value)
+
+
+def _created(rows: list[Any], shown: Set[str]) -> tuple[Created, ...]:
+    made: dict[str, Created] = {}
+    for number, row in enumerate(rows, 1):
+        oid, name, parents = _items(row, str, str, list)
+        _demand(oid == f"new:{number}" and is_public(name) and not is_oid(name), "an object of no name")
+        _demand(
+            bool(parents) and set(_texts(parents)) <= shown | made.keys(), "parents that it was not shown"
+        )
+        made[oid] = Created(oid, name, tuple(parents))
+    return tuple(made.values())
+
+
+def _changes(value: Any) -> SlotChanges:
+    assigned, deleted = _items(value, dict, list)
+    _demand(all(type(data) is bytes for data in assigned.values()), "a slot without a value")
+    _demand(all(map(is_public, [*assigned, *_texts(deleted)])), "a name that no slot can have")
+    return SlotChanges({slot: decode(data) for slot, data in assigned.items()}, tuple(deleted))
+
+
+def _call(value: Any) -> list[Any]:
+    args, kwargs = _items(value, list, dict)
+    _demand(all(type(name) is str for name in kwargs), "a parameter without a name")
+    return [args, kwargs]
+
+
+def _finding(value: Any) -> Finding:
+    return Finding(*_items(value, str, int, str, bool))

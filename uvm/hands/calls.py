@@ -1,0 +1,84 @@
+"""The vocabulary between the kernel and its hands: what is called, what a hand may see, what comes back.
+
+Plain values throughout, as `uvm.codec` has them; a reference is a `Ref`. Kernel's side; imports nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectView:
+    """A snapshot of one object, as a hand sees it.
+
+    Attributes:
+        parents: oids, in the order of delegation.
+        slots: the object's own data slots, by name.
+        methods: sources of the object's own methods, by selector.
+    """
+
+    oid: str
+    name: str | None
+    parents: tuple[str, ...]
+    slots: Mapping[str, Any]
+    methods: Mapping[str, str]
+
+
+class Host(Protocol):
+    """Answers a hand's questions from the transaction that the call runs in."""
+
+    def view(self, oid: str) -> ObjectView | None:
+        """Returns the object of this oid, or None where there is none."""
+
+    def find(self, name: str) -> str | None:
+        """Returns the oid of the object of this name, or None where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A message to an object: `target` is its oid."""
+
+    target: str
+    selector: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotChanges:
+    """What a call changed on one object: slots with their new values, and slots deleted."""
+
+    set: dict[str, Any]
+    delete: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """An object that a call made by `self.clone(name)`; `oid` is `new:1`, `new:2` … within the call."""
+
+    oid: str
+    name: str
+    parents: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a call. Nothing of it has been applied to anything.
+
+    Attributes:
+        writes: oid, or `new:N` of a created object, to the changes that are to be kept.
+        created: in the order of their making; a later one may name an earlier one as its parent.
+        discarded: oid to slots that were changed on an object that never said `_p_changed = True`.
+        printed: what the method printed, cut at 65,536 characters.
+        seconds: wall clock of the call in its hand.
+    """
+
+    result: Any
+    writes: dict[str, SlotChanges]
+    created: tuple[Created, ...]
+    discarded: dict[str, tuple[str, ...]]
+    printed: str
+    seconds: float

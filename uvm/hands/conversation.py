@@ -1,0 +1,130 @@
+"""One call's talk with its hand, from the kernel's side: the job, and answers to the hand's questions.
+
+Whatever runs in a hand may forge any frame, so nothing is believed, and each question is answered once.
+Kernel's side; no I/O here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from uvm.codec import encode, is_oid
+from uvm.errors import MalformedMessage, ObjectNotFound
+from uvm.hands.calls import Call, Host, ObjectView
+from uvm.hands.frames import pack
+
+MAX_QUESTIONS = 10_000  # of one call
+MAX_VIEW = 256 << 10  # bytes of slots that travel with a view; the larger ones are asked for
+
+
+class Conversation:
+    """What the kernel tells one hand.
+
+    Attributes:
+        shown: oids of the objects that the hand has seen, which are those that it may change.
+    """
+
+    def __init__(self, call: Call, host: Host, overlay: Mapping[str, str] | None = None) -> None:
+        self.shown: set[str] = set()
+        self._call = call
+        self._host = host
+        self._overlay = overlay or {}
+        self._large: dict[tuple[str, str], bytes] = {}
+        self._questions = 0
+        self._answers: dict[str, Callable[[Any], Any]] = {
+            "view": self._view,
+            "slot": self._slot,
+            "find": self._find,
+        }
+
+    def job(self, cpu_s: int) -> bytes:
+        """Returns the frame of the job: the call, with the target and its whole delegation chain.
+
+        Raises:
+            ObjectNotFound: the target is not there.
+            ValueNotStorable: an argument is no plain value.
+        """
+        views = {view.oid: self._show(view) for view in self._chain()}
+        if self._call.target not in views:
+            raise ObjectNotFound(f"there is no object {self._call.target}", target=self._call.target)
+        job = {
+            "target": self._call.target,
+            "selector": self._call.selector,
+            "args": self._call.args,
+            "kwargs": self._call.kwargs,
+            "overlay": dict(self._overlay),
+            "views": views,
+            "cpu_s": cpu_s,
+        }
+        return pack("call", job)
+
+    def answer(self, kind: str, payload: Any) -> bytes | None:
+        """Returns the frame that answers a question, or None if this kind of frame is no question.
+
+        Raises:
+            MalformedMessage: a question that an honest hand does not ask.
+        """
+        answer = self._answers.get(kind)
+        if answer is None:
+            return None
+        self._questions += 1
+        if self._questions > MAX_QUESTIONS:
+            raise MalformedMessage(f"more than {MAX_QUESTIONS} questions in one call")
+        return pack(kind, answer(payload))
+
+    def _chain(self) -> Iterator[ObjectView]:
+        """Yields the target and its parents depth first, each once."""
+        seen: set[str] = set()
+        stack = [self._call.target]
+        while stack:
+            oid = stack.pop()
+            if oid not in seen:
+                seen.add(oid)
+                view = self._host.view(oid)
+                if view is not None:
+                    yield view
+                    stack.extend(reversed(view.parents))
+
+    def _show(self, view: ObjectView) -> dict[str, Any]:
+        self.shown.add(view.oid)
+        slots = {slot: encode(value) for slot, value in view.slots.items()}
+        large = _large(slots)
+        self._large |= {(view.oid, slot): slots.pop(slot) for slot in large}
+        return {
+            "name": view.name,
+            "parents": list(view.parents),
+            "slots": slots,
+            "methods": dict(view.methods),
+            "large": large,
+        }
+
+    def _view(self, oid: Any) -> dict[str, Any] | None:
+        if type(oid) is not str or not is_oid(oid) or oid in self.shown:
+            raise MalformedMessage("a question for an object that it has, or for no object")
+        view = self._host.view(oid)
+        return None if view is None else self._show(view)
+
+    def _slot(self, place: Any) -> bytes:
+        if type(place) is not list or [type(part) for part in place] != [str, str]:
+            raise MalformedMessage("a question for no slot")
+        value = self._large.pop((place[0], place[1]), None)
+        if value is None:
+            raise MalformedMessage("a question for a slot that it has")
+        return value
+
+    def _find(self, name: Any) -> str | None:
+        if type(name) is not str:
+            raise MalformedMessage("a question for no name")
+        return self._host.find(name)
+
+
+def _large(slots: dict[str, bytes]) -> list[str]:
+    """Returns the slots that do not fit into a view, when the smallest go first."""
+    room = MAX_VIEW
+    large = []
+    for slot, data in sorted(slots.items(), key=lambda item: len(item[1])):
+        room -= len(data)
+        if room < 0:
+            large.append(slot)
+    return large

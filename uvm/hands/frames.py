@@ -1,0 +1,66 @@
+"""What the pool and a hand say to each other: length-prefixed frames, each a map of one kind to its payload.
+
+    from the pool   payload
+    call            {target, selector, args, kwargs, overlay, views, cpu_s}: the job, sent once
+    audit           {source, selector, parameters, cpu_s}: the other job
+    check           {cpu_s}: the job of a start: which layers of the sandbox hold
+    view            a view or None: {name, parents, slots: {slot: encoded value}, methods, large: [slot]}
+    slot            the encoded value
+    find            an oid or None
+
+    from the hand   payload
+    ready           None: locked down, waiting for its job
+    view            oid: asks for an object
+    slot            [oid, slot]: asks for a slot that its view named as large
+    find            name: asks who has that name
+    returned        {result, writes: {oid: [{slot: encoded value}, [deleted]]}, created, discarded, printed}
+    raised          {message, exception, traceback, selector}
+    unstorable      {message, path, type}: the result or a slot to be kept is no plain value
+    missed          {message, target, selector, parameters, call: encoded [args, kwargs] or None}
+    exhausted       None: it ran into its memory limit
+    refused         text: a layer of the sandbox could not be applied
+    audited         {source, findings: [[rule, line, message, mended]], parameters, doc}
+    checked         {layer: whether it holds}
+
+"Encoded" is the bytes of `uvm.codec.encode`. Both sides import this module: it needs the codec alone.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from uvm.codec import decode, encode
+from uvm.errors import MalformedMessage
+
+MAX_PRINTED = 64 << 10  # characters
+
+LENGTH = struct.Struct("!I")
+REQUEST = struct.Struct("!cI")  # pool to zygote: verb, token of a worker
+STATUS = struct.Struct("!Iid")  # zygote to pool: token, exit status (negative: a signal), CPU time in s
+FORK, END, BURY = b"f", b"e", b"b"  # a new worker; kill it, if need be; the same, and report its status
+
+
+def pack(kind: str, payload: Any) -> bytes:
+    """Returns the frame of one message.
+
+    Raises:
+        ValueNotStorable: the payload is no plain value.
+    """
+    body = encode({kind: payload})
+    return LENGTH.pack(len(body)) + body
+
+
+def unpack(body: bytes) -> tuple[str, Any]:
+    """Returns kind and payload of a frame whose length prefix has been taken off.
+
+    Raises:
+        MalformedMessage: not a map of one kind to its payload.
+    """
+    message = decode(body)
+    if type(message) is not dict or len(message) != 1:
+        raise MalformedMessage("a frame is a map with one entry")
+    [(kind, payload)] = message.items()
+    if type(kind) is not str:
+        raise MalformedMessage("the kind of a frame is text")
+    return kind, payload

@@ -1,0 +1,100 @@
+"""From source to function: generated code gets a namespace of its own and the builtins that it may have.
+
+This keeps honest code honest; what stops hostile code is the sandbox around the process. Runs in the child.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import importlib
+import linecache
+from collections.abc import Mapping, Sequence
+from types import FunctionType, ModuleType
+from typing import Any
+from zoneinfo import ZoneInfo, available_timezones
+
+from uvm.guardian import ALLOWED_MODULES
+
+_WITHHELD = frozenset(
+    {"open", "exec", "eval", "compile", "input", "breakpoint", "exit", "quit"}
+    | {"help", "copyright", "credits", "license"}
+)
+# What the standard library imports only when it is first used: inside a hand no file opens any more.
+_LATE = (
+    "_strptime",
+    "unicodedata",
+    "encodings.ascii",
+    "encodings.cp1252",
+    "encodings.cp437",
+    "encodings.hex_codec",
+    "encodings.base64_codec",
+    "encodings.idna",
+    "encodings.iso8859_1",
+    "encodings.iso8859_15",
+    "encodings.latin_1",
+    "encodings.punycode",
+    "encodings.raw_unicode_escape",
+    "encodings.rot_13",
+    "encodings.unicode_escape",
+    "encodings.utf_16",
+    "encodings.utf_16_be",
+    "encodings.utf_16_le",
+    "encodings.utf_32",
+    "encodings.utf_8_sig",
+)
+# Late ones too: `datetime.strptime` imports `_strptime` in the name of the method that calls it.
+_IMPORTABLE = frozenset(module.partition(".")[0] for module in (*ALLOWED_MODULES, *_LATE))
+
+
+def _import(
+    name: str,
+    globals: Mapping[str, Any] | None = None,
+    locals: Mapping[str, Any] | None = None,
+    fromlist: Sequence[str] | None = (),
+    level: int = 0,
+) -> ModuleType:
+    if level or name.partition(".")[0] not in _IMPORTABLE:
+        raise ImportError(f"'{name}' is not among the modules that a method may import", name=name)
+    return __import__(name, globals, locals, fromlist or (), level)
+
+
+_BUILTINS = {name: value for name, value in vars(builtins).items() if name not in _WITHHELD}
+_BUILTINS["__import__"] = _import
+
+
+_ZONES: list[ZoneInfo] = []  # as long as they are held, `ZoneInfo` finds them without a file
+
+
+def preload() -> None:
+    """Loads everything that a method may use, in the zygote, while files still open."""
+    for name in (*sorted(ALLOWED_MODULES), *_LATE):
+        importlib.import_module(name)
+    _ZONES.extend(map(ZoneInfo, available_timezones()))
+
+
+def filename(owner: str, selector: str) -> str:
+    """Returns the file name of a method in tracebacks; no real file has one like it."""
+    return f"<method {owner}.{selector}>"
+
+
+def selector_of(file: str) -> str | None:
+    """Returns the selector of the method that `filename` named, or None for any other file."""
+    return file[:-1].rpartition(".")[2] if file.startswith("<method ") else None
+
+
+@functools.cache
+def compiled(source: str, selector: str, file: str) -> FunctionType:
+    """Returns the function called `selector` that `source` defines.
+
+    Raises:
+        SyntaxError, or whatever else running the source raises.
+        NameError: it defines no function of that name.
+    """
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    namespace: dict[str, Any] = {"__builtins__": _BUILTINS, "__name__": "method"}
+    exec(compile(source, file, "exec", dont_inherit=True), namespace)
+    function = namespace.get(selector)
+    if not isinstance(function, FunctionType):
+        raise NameError(f"the source defines no function '{selector}'")
+    return function
