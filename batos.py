@@ -71,7 +71,7 @@ class Kernel:
             "send_message": self._send_message,
             # work on the image
             "inspect": self._queued(lambda c: self._objects.inspect(c.target_oid, c.as_of)),
-            "list_objects": self._queued(lambda c: self._objects.list(c.prefix, c.limit, c.after, c.as_of)),
+            "list_objects": self._queued(lambda c: self._objects.listed(c.prefix, c.limit, c.after, c.as_of)),
             "create_object": self._queued(lambda c: self._objects.create(c.name, c.parents, c.slots)),
             "set_slot": self._queued(lambda c: self._objects.set_slot(c.target_oid, c.slot, c.value)),
             "delete_slot": self._queued(lambda c: self._objects.delete_slot(c.target_oid, c.slot)),
