@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from uvm.hands import Call, HandPool, ObjectView, Outcome
+from uvm.hands.calls import Call, ObjectView, Outcome
+from uvm.hands.pool import HandPool
 
 HANG = """def hang(self):
     import random

@@ -15,7 +15,8 @@ import pytest_asyncio
 from tests.garden import Garden
 from uvm.codec import Ref, encode
 from uvm.errors import DoesNotUnderstand, MethodRaised, ObjectNotFound
-from uvm.hands import Call, Created, HandPool, SlotChanges
+from uvm.hands.calls import Call, Created, SlotChanges
+from uvm.hands.pool import HandPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 

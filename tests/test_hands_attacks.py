@@ -28,8 +28,9 @@ from uvm.errors import (
     ShuttingDown,
     ValueNotStorable,
 )
-from uvm.hands import Call, HandPool, Outcome
+from uvm.hands.calls import Call, Outcome
 from uvm.hands.frames import LENGTH, pack
+from uvm.hands.pool import HandPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -380,7 +381,7 @@ KERNEL = """
 import asyncio, sys
 sys.path.insert(0, {root!r})
 from tests.garden import Garden
-from uvm.hands import HandPool
+from uvm.hands.pool import HandPool
 
 async def main():
     pool = HandPool(count=2, timeout_s=60.0, memory_mib=128)
