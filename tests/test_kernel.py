@@ -42,7 +42,7 @@ def thoughts(kernel: KernelProcess, event: str) -> list[dict[str, Any]]:
 async def until(condition: Any, timeout_s: float = 20.0) -> None:
     """Waits until `condition()` holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (what it waits for happens in another process)
             await asyncio.sleep(0.02)
 
 
@@ -155,7 +155,7 @@ async def test_a_failed_cycle_leaves_nothing_but_its_row(start_kernel: Start, tm
     assert len(rules) >= 5
     assert "endless" in rules
     process.stop()
-    dump = subprocess.run(
+    dump = subprocess.run(  # noqa: ASYNC221 (nothing else runs in this test)
         [sys.executable, "-m", "ZODB.FileStorage.fsdump", str(process.home / "live_image.fs")],
         capture_output=True,
         text=True,
@@ -212,7 +212,7 @@ async def test_every_command_answers(start_kernel: Start, tmp_path: Path) -> Non
         (found, *_) = await ask("recall", query="moon cheese")
         assert (found["source"], found["kind"]) == ("a test", "document")
         missions = await ask("missions", state="complete")
-        assert [m["brief"]["type"] if "type" in m["brief"] else "" for m in missions] == ["revision", ""]
+        assert [m["brief"].get("type", "") for m in missions] == ["revision", ""]
         assert (await ask("mission", mission_id=missions[0]["mission_id"]))["state"] == "complete"
         assert (await ask("cancel_mission", mission_id=missions[0]["mission_id"]))["state"] == "complete"
         status = await ask("status")
@@ -229,13 +229,14 @@ async def test_wrong_requests_are_typed_errors(start_kernel: Start, tmp_path: Pa
     process = start_kernel(scripted(tmp_path, []))
     async with process.client() as kernel:
         before = await objects(kernel)
+        genesis, revision = {"target_oid": "genesis_obj"}, {"selector": "x", "type": "revision"}
         wrong: list[tuple[type[errors.BatosError], str, dict[str, Any]]] = [
             (errors.UnknownCommand, "explode", {}),
             (errors.InvalidField, "send_message", {"target_oid": "genesis_obj", "selector": "not a name"}),
             (errors.InvalidField, "send_message", {"target_oid": "genesis_obj"}),
             (errors.ObjectNotFound, "send_message", {"target_oid": "nobody", "selector": "x"}),
             (errors.ObjectNotFound, "inspect", {"target_oid": "f" * 16}),
-            (errors.DoesNotUnderstand, "send_message", {"target_oid": "genesis_obj", "selector": "x", "on_missing": "error"}),
+            (errors.DoesNotUnderstand, "send_message", {**genesis, "selector": "x", "on_missing": "error"}),
             (errors.InvalidField, "remember", {"text": ""}),
             (errors.ObjectExists, "create_object", {"name": "genesis_obj"}),
             (errors.ObjectNotFound, "create_object", {"name": "x", "slots": {"a": Ref("f" * 16)}}),
@@ -245,7 +246,7 @@ async def test_wrong_requests_are_typed_errors(start_kernel: Start, tmp_path: Pa
             (errors.MethodNotFound, "method_history", {"target_oid": "genesis_obj", "selector": "x"}),
             (errors.MissionNotFound, "mission", {"mission_id": "none"}),
             (errors.TransactionNotFound, "undo", {"transaction_id": "0" * 16}),
-            (errors.MissionFailed, "initiate_cognitive_cycle", {"target_oid": "genesis_obj", "mission_brief": {"selector": "x", "type": "revision"}}),
+            (errors.MissionFailed, "initiate_cognitive_cycle", {**genesis, "mission_brief": revision}),
         ]  # fmt: skip
         for kind, command, fields in wrong:
             with pytest.raises(kind):
@@ -359,7 +360,8 @@ def test_the_heavy_libraries_are_not_loaded_before_the_kernel_is_live(tmp_path: 
         "async def main():\n"
         "    closing = []\n"
         "    await batos.Kernel(Settings())._start(closing)\n"
-        "    print(sorted({'torch', 'transformers', 'llama_cpp', 'sentence_transformers'} & set(sys.modules)))\n"
+        "    heavy = {'torch', 'transformers', 'llama_cpp', 'sentence_transformers'}\n"
+        "    print(sorted(heavy & set(sys.modules)))\n"
         "    for close in reversed(closing):\n"
         "        closed = close()\n"
         "        if closed is not None: await closed\n"
