@@ -18,12 +18,6 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from uvm.memory.embedder import Embedder, Hashing, MiniLM
-from uvm.memory.fractal import FractalMemory
-from uvm.mind.assets import locate
-from uvm.mind.mind import Mind
-from uvm.mind.personas import load_personas
-
 from config import PROJECT, Settings
 from uvm import messages as m
 from uvm.awakening import CATALOG, ROOT, awaken
@@ -32,8 +26,13 @@ from uvm.errors import DoesNotUnderstand, HomeError, ShuttingDown
 from uvm.hands.pool import HandPool
 from uvm.image.image import LivingImage, Txn
 from uvm.lanes import Lane
+from uvm.memory.embedder import Embedder, Hashing, MiniLM
+from uvm.memory.fractal import FractalMemory
 from uvm.messenger import Messenger
 from uvm.metacognition import MetacognitionLog
+from uvm.mind.assets import locate
+from uvm.mind.mind import Mind
+from uvm.mind.personas import load_personas
 from uvm.missions import Missions
 from uvm.objects import Objects
 from uvm.psm import PrototypalStateMachine

@@ -1,4 +1,4 @@
-"""The result of an evaluation: its cases, printed as a table and written as JSON. Imports nothing of BAT OS."""
+"""The result of an evaluation: its cases, a table of its figures, its JSON. Imports nothing of BAT OS."""
 
 from __future__ import annotations
 

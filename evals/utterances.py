@@ -1,7 +1,8 @@
 """`python -m evals utterances FILE --context FILE`: how many sentences become the command they stand for.
 
-Each row has a sentence (`say`) and what its command must have; `shared/data/README.md` and `expects` say how
-rows are read. A question back counts as a miss. Runs the parser as `chat_client.py --parse` does.
+Each row has a sentence (`say`) and what its command must have; `expects` says how rows are read. A question
+back counts as a miss. Runs the parser as `chat_client.py --parse` does. In `evals/data` there are two sets, each
+with its context, written before the parser was tuned.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import json
 import re
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from config import Settings
 from evals.report import Case, Report
+from terminal.reader import open_parser
 from uvm.errors import BatosError
-from uvm.mind.assets import locate
-from uvm.mind.backends.llama_cpp import LlamaCpp
 from uvm.parser import Context, Parser
 
 
@@ -34,14 +35,7 @@ def run(args: argparse.Namespace) -> Report:
     lines = args.file.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.strip()][: args.limit]
     context = Context.from_json(json.loads(args.context.read_text(encoding="utf-8")))
-    settings = Settings()
-    model = LlamaCpp(
-        locate(settings.LLAMA_MODEL_PATH, settings.MODELS_DIR),
-        n_ctx=settings.CONTEXT_TOKENS,
-        n_threads=settings.INFERENCE_THREADS,
-        prompts_kept=1,
-    )
-    parser, report = Parser(model), Report("utterances")
+    parser, report = open_parser(Settings()), Report("utterances")
     for row in rows:
         report.add(_one(parser, context, row))
     report.summary |= _summary(report.cases, rows)
@@ -69,7 +63,7 @@ def expects(row: dict[str, Any], told: dict[str, Any]) -> bool:
     """
     brief = told.get("mission_brief", {})
     parameters, args = brief.get("parameters") or [], told.get("args", [])
-    checks = {
+    checks: dict[str, Callable[[Any], Any]] = {
         "command": lambda want: told["command"] == want,
         "target_oid": lambda want: told.get("target_oid") == want,
         "name": lambda want: told.get("name") == want,

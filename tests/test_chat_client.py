@@ -26,7 +26,10 @@ CLIENT = str(PROJECT / "chat_client.py")
 CONTEXT = {"objects": {"genesis_obj": {"methods": {"square": ["x"]}}, "shop_obj": {"methods": {"total": []}}}}
 GREET = 'def greet_by_name(self, name):\n    """Greets."""\n    return f"Good day, {name}."'
 READINGS = [
-    {"pattern": "Create a function to greet", "reply": '{"learn":"genesis_obj.greet_by_name","with":["name"]}'},
+    {
+        "pattern": "Create a function to greet",
+        "reply": '{"learn":"genesis_obj.greet_by_name","with":["name"]}',
+    },
     {"pattern": "Greet me as", "reply": '{"call":"genesis_obj.greet_by_name","with":{"name":"Ada"}}'},
     {"pattern": "Greet somebody", "reply": '{"call":"genesis_obj.greet_by_name","with":{"name":"Bob"}}'},
     {"pattern": "something slow", "reply": '{"learn":"genesis_obj.slow","with":[]}'},
@@ -82,7 +85,9 @@ def context(tmp_path: Path) -> str:
 def test_help_explains_itself(home: dict[str, str]) -> None:
     done = run(home, "--help")
     assert done.returncode == 0
-    assert all(word in done.stdout for word in ("-c TEXT", "--parse", "--context", "--json", "$type", "Exit status"))
+    assert all(
+        word in done.stdout for word in ("-c TEXT", "--parse", "--context", "--json", "$type", "Exit status")
+    )
 
 
 @pytest.mark.parametrize("options", [["--nonsense"], ["--context", "x"], ["-c", "/ping", "--parse"]])
@@ -97,7 +102,7 @@ def test_a_wrong_setting_is_refused(home: dict[str, str]) -> None:
 
 
 def test_parse_needs_no_kernel_with_a_context(home: dict[str, str], context: str) -> None:
-    say = 'square(12)\n\n/status\nshop_obj.total(\nshop_obj.total((1,))\nstop the system\n'
+    say = "square(12)\n\n/status\nshop_obj.total(\nshop_obj.total((1,))\nstop the system\n"
     done = run(home, "--parse", "--context", context, say=say)
     told = [json.loads(line) for line in done.stdout.splitlines()]
     square = {"command": "send_message", "target_oid": "genesis_obj", "selector": "square", "args": [12]}
@@ -204,7 +209,9 @@ def test_commands_are_spelled_as_a_person_would() -> None:
     brief = {"type": "unhandled_message", "selector": "gcd", "parameters": ["a", "b"]}
     cycle = {"command": "initiate_cognitive_cycle", "target_oid": "genesis_obj", "mission_brief": brief}
     assert spell(cycle) == "learn genesis_obj.gcd(a, b)"
-    assert spell({**cycle, "mission_brief": {"type": "revision", "selector": "gcd"}}) == "change genesis_obj.gcd"
+    assert (
+        spell({**cycle, "mission_brief": {"type": "revision", "selector": "gcd"}}) == "change genesis_obj.gcd"
+    )
     send = {"command": "send_message", "target_oid": "o", "selector": "m", "args": [1, "x"]}
     assert spell(send) == "o.m(1, 'x')"
     assert spell({"command": "revert_method", "target_oid": "o", "selector": "m"}) == "revert method o.m"
@@ -260,7 +267,11 @@ def test_one_command_and_its_status(joined: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_json_lines(joined: dict[str, str]) -> None:
-    done = run(joined, "--json", say="/create desk_obj\n/set desk_obj.pair = (1, 2)\n/inspect desk_obj\n/inspect no\n")
+    done = run(
+        joined,
+        "--json",
+        say="/create desk_obj\n/set desk_obj.pair = (1, 2)\n/inspect desk_obj\n/inspect no\n",
+    )
     assert done.returncode == 1
     made, put, shown, failed = map(json.loads, done.stdout.splitlines())
     assert (made["ok"], made["command"]) == (True, "create_object")

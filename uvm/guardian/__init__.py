@@ -19,7 +19,7 @@ from uvm.guardian.mends import Mend, add_self, keep_covenant, send_recursion
 from uvm.guardian.modules import ALLOWED_MODULES
 from uvm.guardian.policy import check_policy
 from uvm.guardian.scopes import signature
-from uvm.guardian.shape import check_shape, find_method
+from uvm.guardian.shape import check_shape, find_method, takes_self
 from uvm.guardian.text import Text
 
 __all__ = ["ALLOWED_MODULES", "MAX_SOURCE_BYTES", "Audit", "Finding", "PersistenceGuardian"]
@@ -68,8 +68,8 @@ def _audit(source: str, selector: str, parameters: Sequence[str] | None, rounds:
         findings += [*check_shape(tree, method, selector, parameters), *check_policy(tree, method)]
     if not findings:
         edits, findings = keep_covenant(text, tree, method)
-    names, doc = signature(method), ast.get_docstring(method) or ""
-    audit = Audit(source, _tidy(findings), names[names[:1] == ("self",) :], doc)
+    names = signature(method)[1:] if takes_self(method) else signature(method)
+    audit = Audit(source, _tidy(findings), names, ast.get_docstring(method) or "")
     return _proved(audit, text.apply(edits), selector, parameters, rounds) if edits else audit
 
 

@@ -60,8 +60,9 @@ class Exit:
 
     @property
     def line(self) -> int:
-        last = self.anchor[-1] if isinstance(self.anchor, list) else self.anchor
-        return last.end_lineno or last.lineno
+        if isinstance(self.anchor, list):
+            return self.anchor[-1].end_lineno or self.anchor[-1].lineno
+        return self.anchor.lineno
 
 
 @dataclass(slots=True)
@@ -166,7 +167,7 @@ class _Flow:
     def _read(self, stmt: ast.stmt, state: State) -> tuple[State, int]:
         reader = Reader(self._known, dict(state.env))
         reader.perform(stmt)
-        return State(Mark.DIRTY if reader.changes else state.mark, reader.env), reader.changes
+        return _after(reader, state), reader.changes
 
     def _raised(self, stmt: ast.stmt, before: State, after: State, changes: int) -> State | None:
         """Returns the state in which an exception may leave a simple statement."""
@@ -201,10 +202,9 @@ class _Flow:
         def bind(head: State) -> State:
             target = Reader(self._known, dict(head.env))
             target.bind(stmt.target, level)
-            return State(Mark.DIRTY if target.changes else head.mark, target.env)
+            return _after(target, head)
 
-        start = State(Mark.DIRTY if reader.changes else state.mark, reader.env)
-        ways = self._loop(stmt, start, bind)
+        ways = self._loop(stmt, _after(reader, state), bind)
         ways.raised = join(ways.raised, state)
         return ways
 
@@ -269,6 +269,10 @@ class _Flow:
         for way in (on, broken, continued, raised, left):
             found.add(way)
         return found
+
+
+def _after(reader: Reader, before: State) -> State:
+    return State(Mark.DIRTY if reader.changes else before.mark, reader.env)
 
 
 def _does_nothing(stmt: ast.stmt) -> bool:

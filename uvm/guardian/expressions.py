@@ -30,6 +30,7 @@ class Expressions:
         self.returned = FRESH
         self.lowered: dict[str, int] = {}
         self._weak = weak
+        known.step(len(env) // 4)  # what copying and joining environments costs
 
     def level(self, node: ast.expr) -> int:
         """Returns the level of an expression's value, after reading all that it does."""
@@ -60,8 +61,11 @@ class Expressions:
                 self.store(target, level)
 
     def set(self, name: str, level: int) -> None:
-        self.env[name] = min(self.env.get(name, FRESH), level) if self._weak else level
-        self.known.lower(name, level)
+        if self._weak:
+            self.lower(name, level)
+        else:
+            self.env[name] = level
+            self.known.lower(name, level)
 
     def lower(self, name: str, level: int) -> None:
         """Notes that a name's value may from now on reach self by `level`."""
@@ -234,7 +238,7 @@ class Expressions:
         if owner == SELF:
             return FRESH
         if function.attr in MUTATORS:
-            added = min(given[function.attr in levels.KEYED :], default=FRESH)
+            added = min(given[1:] if function.attr in levels.KEYED else given, default=FRESH)
             self._put(function.value, owner, inside(added) if function.attr in levels.BULK else added)
             if owner <= ALIAS:
                 for value in values:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from uvm.guardian.findings import TooComplex
 from uvm.guardian.levels import CONTAINERS, FRESH
-from uvm.guardian.scopes import imports, root_name
+from uvm.guardian.scopes import bound_names, imports, root_name
 
-MAX_STEPS = 200_000
+# The largest functions of the standard library take under 3,000.
+MAX_STEPS = 40_000
 Helper = ast.FunctionDef | ast.ClassDef | ast.Lambda
 
 
@@ -39,6 +40,7 @@ class Known:
         self.summaries: dict[tuple[Helper, int], Summary] = {}
         self._modules = imports(tree)
         self._steps = 0
+        self._local: dict[Helper, frozenset[str]] = {}
         nodes = [node for node in ast.walk(method) if node is not method]
         for node in nodes:
             if isinstance(node, ast.ClassDef):
@@ -50,14 +52,19 @@ class Known:
                 case ast.Assign(targets=[ast.Name(id=name)], value=ast.Lambda() as function):
                     self.helpers.setdefault(name, []).append(function)
 
-    def step(self) -> None:
-        """Counts one step of the analysis, which ends when there are too many."""
-        self._steps += 1
+    def step(self, weight: int = 1) -> None:
+        """Counts a step of the analysis, which ends when there are too many."""
+        self._steps += weight
         if self._steps > MAX_STEPS:
             raise TooComplex
 
     def lower(self, name: str, level: int) -> None:
         self.anywhere[name] = min(self.anywhere.get(name, FRESH), level)
+
+    def local_names(self, helper: Helper) -> frozenset[str]:
+        if helper not in self._local:
+            self._local[helper] = bound_names(helper)
+        return self._local[helper]
 
     def summary(self, helper: Helper, given: int) -> Summary:
         """Returns what is known so far of a helper whose arguments have the level `given`."""

@@ -108,7 +108,7 @@ class _Policy:
         if isinstance(node, ast.ClassDef):
             allowed = _CLASS_DECORATORS
         for decorator in node.decorator_list:
-            if _last_name(decorator) not in allowed:
+            if _last_name(decorator.func if isinstance(decorator, ast.Call) else decorator) not in allowed:
                 yield Finding("decorator", decorator.lineno, f"Remove this decorator from `{node.name}`.")
 
     def _attribute(self, node: ast.Attribute, scope: Scope) -> Findings:
@@ -170,8 +170,6 @@ def _excused(method: ast.FunctionDef) -> Iterator[ast.AST]:
 
 def _last_name(node: ast.expr) -> str:
     match node:
-        case ast.Call(func=func):
-            return _last_name(func)
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return name
     return ""
@@ -191,8 +189,9 @@ def _other_object(name: str, line: int) -> Finding:
 
 def _identifier(node: ast.AST, scope: Scope) -> Findings:
     name = node.id if isinstance(node, ast.Name) else binds(node)
-    usual = _REFUSED_BUILTINS.keys() | (_CLASS_DUNDERS if scope.in_class else ())
-    if name and _DUNDER.match(name) and name not in usual:
+    if not name or not _DUNDER.match(name) or name in _REFUSED_BUILTINS:
+        return
+    if not scope.in_class or name not in _CLASS_DUNDERS:
         yield _private(name, getattr(node, "lineno", 1))
 
 

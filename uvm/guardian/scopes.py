@@ -54,14 +54,17 @@ def binds(node: ast.AST) -> str | None:
 
 def bound_names(scope: ast.AST) -> frozenset[str]:
     """Returns the names that a function, class or comprehension binds itself, not those of scopes inside."""
-    found: set[str | None] = set()
+    found: set[str | None] = {None}
+    outer: set[str | None] = {None}
     stack = list(ast.iter_child_nodes(scope))
     while stack:
         node = stack.pop()
         found.add(binds(node))
+        if isinstance(node, ast.Nonlocal):
+            outer.update(node.names)
         if not isinstance(node, _SCOPES):
             stack.extend(ast.iter_child_nodes(node))
-    return frozenset(name for name in found if name)
+    return frozenset(name for name in found - outer if name)
 
 
 def walk(method: ast.FunctionDef) -> Iterator[tuple[ast.AST, Scope]]:

@@ -14,6 +14,7 @@ from uvm.guardian.scopes import arguments, bound_names, signature
 
 Findings = Iterator[Finding]
 
+_DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _ANNOTATION = (
     ast.Name
     | ast.Attribute
@@ -39,12 +40,13 @@ def check_shape(
 ) -> Findings:
     """Yields what is wrong with the outside of a submission."""
     expected = f"def {selector}({', '.join(['self', *(parameters or ())])}):"
+    if not any(isinstance(node, _DEFINITIONS) for node in tree.body):
+        yield Finding("shape", 1, f"Write exactly one function that starts with `{expected}`.")
+        return
     for node in tree.body:
         if node is not method:
             yield from _beside(node, selector)
     if method is None:
-        if not any(isinstance(node, ast.AsyncFunctionDef | ast.ClassDef) for node in tree.body):
-            yield Finding("shape", 1, f"Write exactly one function that starts with `{expected}`.")
         return
     if method.name != selector:
         yield Finding("name", method.lineno, f"Name the function `{selector}`, not `{method.name}`.")

@@ -14,7 +14,7 @@ from typing import Any
 from uvm.guardian.expressions import Expressions, is_in_place, is_number
 from uvm.guardian.known import Helper, Known, Summary
 from uvm.guardian.levels import ALIAS, FRESH, around, inside
-from uvm.guardian.scopes import arguments, binds, bound_names
+from uvm.guardian.scopes import arguments, binds
 
 
 class Reader(Expressions):
@@ -59,8 +59,9 @@ class Reader(Expressions):
         value, current = self.level(stmt.value), self.level(stmt.target)
         in_place = is_in_place(stmt.op) and not is_number(stmt.value)
         if not isinstance(stmt.target, ast.Name):
+            before = self.changes
             self.store(stmt.target, inside(value) if in_place else FRESH)
-            self.changes += in_place and current == ALIAS
+            self.changes += in_place and current == ALIAS and self.changes == before
         elif in_place and current <= ALIAS:
             self.changes += 1
         else:
@@ -126,7 +127,7 @@ def defaults(function: ast.FunctionDef | ast.Lambda) -> list[ast.expr]:
 def learn(known: Known) -> bool:
     """Reads all nested functions that are in use anew; returns whether that taught anything."""
     before = dict(known.summaries), dict(known.anywhere)
-    for helper, given in list(known.summaries):
+    for helper, given in reversed(list(known.summaries)):  # a helper is met after those that use it
         known.summaries[helper, given] = _summarise(known, helper, given)
     return before != (known.summaries, known.anywhere)
 
@@ -136,8 +137,8 @@ def _summarise(known: Known, helper: Helper, given: int) -> Summary:
         members = [known.summary(node, given) for node in helper.body if isinstance(node, ast.FunctionDef)]
         lowers = frozenset(pair for member in members for pair in member.lowers)
         return Summary(any(member.changes for member in members), around(given), lowers)
-    local, outer = bound_names(helper), _nonlocals(helper)
-    reader = Reader(known, known.anywhere | dict.fromkeys(local - outer, FRESH), weak=True)
+    local = known.local_names(helper)
+    reader = Reader(known, known.anywhere | dict.fromkeys(local, FRESH), weak=True)
     level = min([given, *(reader.level(default) for default in defaults(helper))])
     parameters = [arg.arg for arg in arguments(helper)]
     reader.env.update(dict.fromkeys(parameters, level))
@@ -148,13 +149,8 @@ def _summarise(known: Known, helper: Helper, given: int) -> Summary:
             reader.returned = reader.level(helper.body)
         else:
             reader.scan(helper.body)
-    lowered = reader.lowered | {name: reader.env[name] for name in outer if name in reader.env}
-    free = frozenset((name, level) for name, level in lowered.items() if name not in local - outer)
-    return Summary(reader.changes > 0, reader.returned, free)
-
-
-def _nonlocals(helper: ast.AST) -> set[str]:
-    return {name for node in ast.walk(helper) if isinstance(node, ast.Nonlocal) for name in node.names}
+    lowers = frozenset((name, level) for name, level in reader.lowered.items() if name not in local)
+    return Summary(reader.changes > 0, reader.returned, lowers)
 
 
 def _parts(node: ast.expr) -> list[ast.expr]:

@@ -4,6 +4,7 @@ This keeps honest code honest; what stops hostile code is the sandbox around the
 """
 
 from __future__ import annotations
+import __future__
 
 import builtins
 import functools
@@ -59,6 +60,9 @@ def _import(
     return __import__(name, globals, locals, fromlist or (), level)
 
 
+# Small models write `x: List[int]` without the import; as text, annotations need none.
+_LAZY_ANNOTATIONS = __future__.annotations.compiler_flag
+
 _BUILTINS = {name: value for name, value in vars(builtins).items() if name not in _WITHHELD}
 _BUILTINS["__import__"] = _import
 
@@ -93,8 +97,8 @@ def compiled(source: str, selector: str, file: str) -> FunctionType:
     """
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     namespace: dict[str, Any] = {"__builtins__": _BUILTINS, "__name__": "method"}
-    exec(compile(source, file, "exec", dont_inherit=True), namespace)
-    function = namespace.get(selector)
+    exec(compile(source, file, "exec", _LAZY_ANNOTATIONS, dont_inherit=True), namespace)
+    function = namespace.pop(selector, None)  # a method `sum` that calls `sum` means the builtin
     if not isinstance(function, FunctionType):
         raise NameError(f"the source defines no function '{selector}'")
     return function

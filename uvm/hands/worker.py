@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from uvm.codec import encode
 from uvm.errors import DoesNotUnderstand, ValueNotStorable
 from uvm.guardian import PersistenceGuardian
 from uvm.hands import methods, sandbox
@@ -30,6 +31,7 @@ from uvm.hands.session import Session
 
 _REAP_S = 0.05  # how often the zygote looks after workers that it has ended
 _MAX_DESCRIPTORS = 64  # of the zygote; few, so that a worker can close them all one by one
+_WARM_UPS = 50  # calls after which the interpreter has specialised the code that every call runs
 _EXHAUSTED = pack("exhausted", None)  # made beforehand: later there may be no memory to make it
 
 
@@ -44,6 +46,8 @@ def main(control_fd: int, pool_pid: int, memory_mib: int) -> None:
     sandbox.harden(pool_pid)
     sandbox.limit(resource.RLIMIT_NOFILE, _MAX_DESCRIPTORS)
     methods.preload()
+    for _ in range(_WARM_UPS):
+        _warm_up()
     gc.collect()
     gc.freeze()
     zygote_pid, start_bytes = os.getpid(), sandbox.address_space()
@@ -135,7 +139,6 @@ class _Worker:
             os._exit(1)
         self._channel.detach()
         self._channel = socket.socket(fileno=sandbox.CHANNEL)
-        self._warm_up()
         self._channel.sendall(pack("ready", None))
         try:
             kind, job = self._receive()
@@ -164,16 +167,6 @@ class _Worker:
         self._channel.sendall(pack(kind, payload))
         return self._receive()[1]
 
-    def _warm_up(self) -> None:
-        """Runs a call of its own: the pages that it touches are copied now, not while a caller waits."""
-        source = "def warm(self, x):\n    return x\n"
-        view: dict[str, Any] = {"name": None, "parents": [], "slots": {}, "large": []}
-        view["methods"] = {"warm": source}
-        job: dict[str, Any] = {"target": "", "selector": "warm", "args": [1], "kwargs": {}}
-        job |= {"overlay": {}, "views": {"": view}}
-        _, read = unpack(pack("call", job)[LENGTH.size :])
-        unpack(self._call(read)[LENGTH.size :])
-
     def _call(self, job: dict[str, Any]) -> bytes:
         session = Session(self._ask, job["views"], job["target"], job["overlay"])
         sys.stdout = sys.stderr = printed = _Printed()
@@ -200,6 +193,22 @@ class _Worker:
 
     def _check(self, job: dict[str, Any]) -> bytes:
         return pack("checked", sandbox.check(self._limits))
+
+
+def _warm_up() -> None:
+    """Runs a call of its own in the zygote, so that a worker finds the code specialised by the interpreter.
+
+    Specialising writes into the code; done in a worker, it would cost a copy of each page that it touches.
+    """
+    source = "def warm(self, x):\n    return x\n"
+    view: dict[str, Any] = {"name": None, "parents": [], "slots": {"n": encode(1)}, "large": []}
+    job = {"target": "", "selector": "warm", "args": [1], "kwargs": {}, "overlay": {}}
+    _, read = unpack(
+        pack("call", {**job, "views": {"": {**view, "methods": {"warm": source}}}})[LENGTH.size :]
+    )
+    session = Session(lambda kind, payload: None, read["views"], read["target"], read["overlay"])
+    unpack(pack("returned", _handed_in(session, _send(session, read), _Printed()))[LENGTH.size :])
+    methods.compiled.cache_clear()
 
 
 class _Printed(io.StringIO):

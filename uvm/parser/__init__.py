@@ -1,7 +1,7 @@
 """From what a user types to a command of the wire: exact syntax by rule, sentences by a small local model.
 
-What clients import: `Parser`, `Reading`, `Context`, `parse_exact` and the table of `/commands`. Layer c: imports
-`messages`, the errors and the backends of the mind only.
+What clients import: `Parser`, `Reading`, `Context`, `parse_exact` and the table of `/commands`. Layer c:
+imports `messages`, the errors and the backends of the mind only.
 """
 
 from uvm.parser.context import Context

@@ -12,8 +12,9 @@ from typing import Any
 
 from uvm.parser.context import Method
 from uvm.parser.scene import Scene, plain_words
-from uvm.parser.sentence import Sentence, words_of
+from uvm.parser.sentence import Sentence, numeral_values, words_of
 
+LONGEST = 120  # characters that the model writes of a text; what it began to quote goes on to the end
 _NUMERAL = re.compile(r"[-+]?(0|[1-9]\d*)(\.\d+)?")
 
 
@@ -41,7 +42,9 @@ def _settle_number(value: int | float, sentence: Sentence) -> Any:
         return str(value)
     if value not in sentence.numbers and value * 100 not in sentence.numbers:
         raise Ungrounded
-    return int(value) if isinstance(value, float) and value.is_integer() and "." not in sentence.text else value
+    return (
+        int(value) if isinstance(value, float) and value.is_integer() and "." not in sentence.text else value
+    )
 
 
 def _settle_text(value: str, method: Method, sentence: Sentence) -> Any:
@@ -50,11 +53,17 @@ def _settle_text(value: str, method: Method, sentence: Sentence) -> Any:
             return quotation
     if _NUMERAL.fullmatch(value):
         return _settle_number(ast.literal_eval(value), sentence)
-    value = _without_selector(value, method)
-    found = sentence.verbatim(value)
+    found = sentence.verbatim(_without_selector(value, method), cut=len(value) >= LONGEST)
     if found is None or sentence.is_all(found):
         raise Ungrounded
     return found
+
+
+def unused_numerals(args: list[Any], sentence: Sentence) -> list[str]:
+    """Returns the numbers that the sentence has in digits and a call leaves out."""
+    used = " ".join(map(str, args))
+    values = {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", used)}
+    return [text for text in sentence.numerals if text not in used and not values & numeral_values(text)]
 
 
 def _without_selector(value: str, method: Method) -> str:

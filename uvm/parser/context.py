@@ -53,7 +53,7 @@ class Context:
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Returns the context in `{"objects": {name: {"methods": {selector: [parameter]}, "parents"?: […]}}}`.
+        """Returns the context in `{"objects": {name: {"methods": {selector: [name]}, "parents"?: [name]}}}`.
 
         Raises:
             InvalidField: it has another form.
@@ -98,7 +98,7 @@ class Context:
         ]
 
     def own_methods(self) -> list[Method]:
-        """Returns the methods that objects hold themselves: what can be changed, reverted and looked back on."""
+        """Returns the methods that objects hold themselves, which can be changed and reverted."""
         return [
             Method(name, selector, parameters)
             for name, methods in self.objects.items()

@@ -21,6 +21,7 @@ LOCAL = ("help", "quit")  # what the client answers itself
 
 _CALL = re.compile(r"(?:(?P<target>\w+)\.)?(?P<selector>[^\W\d]\w*)\((?P<rest>.*)", re.DOTALL)
 _METHOD = re.compile(r"(?P<target_oid>\w+)\.(?P<selector>\w+)(?:\s+(?P<version>\d+))?")
+_SLOT_NAME = re.compile(r"(?P<target_oid>\w+)\.(?P<slot>\w+)")
 _SLOT = re.compile(r"(?P<target_oid>\w+)\.(?P<slot>\w+)\s*=\s*(?P<value>.+)", re.DOTALL)
 
 
@@ -78,8 +79,8 @@ def _bare_call(selector: str, text: str, context: Context | None) -> Command | N
 
 
 def _message(target: str, selector: str, text: str) -> Command:
-    call = _evaluate(text)
-    if not isinstance(call, ast.Call):
+    call = _evaluate(text.removeprefix(f"{target}."))  # an oid would be no name
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise InvalidField(f"{text:.60} is no call; say OBJECT.METHOD(VALUE, …)", field="args")
     args = [_value(arg) for arg in call.args]
     kwargs = {keyword.arg or "**": _value(keyword.value) for keyword in call.keywords}
@@ -191,6 +192,7 @@ SLASHES: dict[str, Slash] = {
     "inspect": Slash("OBJECT", "shows slots, parents and methods", _with("inspect", "target_oid")),
     "create": Slash("NAME [PARENT …]", "makes an object", _create),
     "set": Slash("OBJECT.SLOT = VALUE", "writes a data slot", _with_match("set_slot", _SLOT)),
+    "unset": Slash("OBJECT.SLOT", "deletes a data slot", _with_match("delete_slot", _SLOT_NAME)),
     "history": Slash("OBJECT.METHOD", "lists a method's versions", _with_match("method_history", _METHOD)),
     "revert": Slash(
         "OBJECT.METHOD [VERSION]", "brings an earlier version back", _with_match("revert_method", _METHOD)

@@ -17,6 +17,7 @@ from uvm.mind.backends import Backend
 from uvm.parser import verbs
 from uvm.parser.context import Context
 from uvm.parser.exact import Command, checked, parse_exact
+from uvm.parser.forms import Doubt
 from uvm.parser.prompt import conversation
 from uvm.parser.scene import Scene
 from uvm.parser.sentence import Sentence
@@ -52,11 +53,12 @@ class Parser:
     """Reads sentences with one model.
 
     Args:
-        backend: the model; it is loaded when the first sentence needs it.
+        open_model: returns the model; called when the first sentence needs it.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, open_model: Callable[[], Backend]) -> None:
+        self._open_model = open_model
+        self._model: Backend | None = None
 
     def read(self, text: str, context: Context, cancelled: Callable[[], bool] = lambda: False) -> Reading:
         """Returns what `text` asks for.
@@ -72,7 +74,9 @@ class Parser:
             GenerationCancelled: `cancelled` became true.
         """
         if len(text) > MAX_CHARACTERS:
-            raise InvalidField(f"{len(text)} characters; a sentence has at most {MAX_CHARACTERS}", field="text")
+            raise InvalidField(
+                f"{len(text)} characters; a sentence has at most {MAX_CHARACTERS}", field="text"
+            )
         sentence = Sentence(text)
         if not sentence.shown:
             raise InvalidField("there is nothing to read", field="text")
@@ -83,27 +87,32 @@ class Parser:
 
     def _weigh(self, scene: Scene, cancelled: Callable[[], bool]) -> Reading:
         """Takes the first answer that the sentence bears out."""
-        doubts: list[verbs.Doubt] = []
+        doubts: list[Doubt] = []
         for _ in range(READINGS):
             answer = self._ask(scene, cancelled)
             if answer is None:
                 break
             try:
                 return Reading(checked(verbs.read(answer, scene)))
-            except verbs.Doubt as doubt:
+            except Doubt as doubt:
                 doubts.append(doubt)
                 if doubt.certain:
                     break
-                scene = scene.without(verbs.label(answer))
+                scene = scene.without(doubt.refuses, doubt.only)
         chosen = next((doubt for doubt in reversed(doubts) if doubt.certain), doubts[0] if doubts else None)
         return Reading(chosen.command, chosen.question) if chosen else Reading(None, _NOT_UNDERSTOOD)
 
     def _ask(self, scene: Scene, cancelled: Callable[[], bool]) -> dict[str, Any] | None:
-        """Returns the model's answer, or None where it did not come to an end."""
-        self._backend.load()
-        completion = self._backend.generate(
+        """Returns the model's answer, or None where it has none left or did not come to an end."""
+        schema = verbs.schema_of(scene)
+        if schema is None:
+            return None
+        if self._model is None:
+            self._model = self._open_model()
+        self._model.load()
+        completion = self._model.generate(
             conversation(scene),
-            schema=verbs.schema_of(scene),
+            schema=schema,
             max_tokens=_ANSWER_TOKENS,
             temperature=0.0,
             seed=0,

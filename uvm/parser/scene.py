@@ -1,12 +1,13 @@
 """A sentence among the objects that it may talk about: who is mentioned, and what may be meant.
 
-Between `context` and `sentence`, which know nothing of each other, and the verbs, which ask here what to offer.
+Between `context` and `sentence`, which know nothing of each other, and the verbs, which ask here what to
+offer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from uvm.parser.context import Context, Method
@@ -14,7 +15,8 @@ from uvm.parser.sentence import Sentence, words_of
 
 MAX_METHODS = 48  # that the model is shown; of more, those most like the sentence
 MAX_OBJECTS = 32
-_STEM = 4  # letters that two forms of a word share at least
+_STEM = 3  # letters that two forms of a word share at least
+_WORDS = 200  # of a long text, those that are compared with names
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,18 @@ class Scene:
     """One reading's circumstances.
 
     Attributes:
-        refused: readings that were tried and found wrong; they are not offered again.
+        refused: verbs, and calls of single methods, that were tried and found wrong.
+        only: the one verb that is left, if it has come to that.
     """
 
     context: Context
     sentence: Sentence
-    refused: frozenset[str] = field(default_factory=frozenset)
+    refused: frozenset[str] = frozenset()
+    only: str | None = None
 
-    def without(self, reading: str) -> Scene:
+    def without(self, reading: str, only: str | None = None) -> Scene:
         """Returns the scene in which `reading` is refused too."""
-        return replace(self, refused=self.refused | {reading})
+        return replace(self, refused=self.refused | {reading}, only=only)
 
     @cached_property
     def named(self) -> list[str]:
@@ -91,9 +95,12 @@ class Scene:
 
     def likeness(self, method: Method) -> int:
         """Returns how much of a method's names the sentence has: exact mentions count most."""
-        related = _count_related(words_of(method.selector.replace("_", " ")), self.sentence.words)
-        related += _count_related(method.parameters, self.sentence.words)
-        return 8 * self.mentions(method) + 4 * (method.target in self.mentioned) + related
+        exact = 8 * self.mentions(method) + 4 * (method.target in self.mentioned)
+        return exact + 2 * self.resembles(method) + _count_related(method.parameters, self.sentence.words)
+
+    def resembles(self, method: Method) -> bool:
+        """Returns whether the sentence has a form of a word of the method's selector."""
+        return _count_related(words_of(method.selector.replace("_", " ")), self.sentence.words) > 0
 
 
 def plain_words(name: str) -> list[str]:
@@ -105,12 +112,12 @@ def plain_words(name: str) -> list[str]:
     return [word for word in words if word]
 
 
-def _count_related(names: Iterable[str], words: Iterable[str]) -> int:
-    spoken = list(words)
+def _count_related(names: Iterable[str], words: Sequence[str]) -> int:
+    spoken = set(words[:_WORDS])
     return sum(any(_are_related(name.casefold(), word) for word in spoken) for name in names)
 
 
 def _are_related(one: str, other: str) -> bool:
     """Returns whether two words may be forms of one: square and squared, add and adding."""
     shared = min(len(one), len(other))
-    return one == other or (shared >= _STEM - 1 and one[:shared] == other[:shared])
+    return one == other or (shared >= _STEM and one[:shared] == other[:shared])

@@ -5,20 +5,20 @@ Readings are checked against this; it knows no objects. Imports nothing of BAT O
 
 from __future__ import annotations
 
-import ast
 import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
+LOOKED_AT = 16_000  # characters of a text that are searched for what it says
 SHOWN_CHARACTERS = 1200  # of a longer text the model sees beginning and end
 
 _QUOTATION = re.compile(
     r'"([^"]*)"|“([^”]*)”|„([^“”]*)[“”]|«\s*([^»]*?)\s*»|「([^」]*)」|『([^』]*)』|`([^`]*)`'
-    r"|‘([^’]*)’|(?<!\w)'((?:[^']|(?<=\w)'(?=\w))*)'(?!\w)"
+    r"|\u2018([^\u2019]*)\u2019|(?<!\w)'((?:[^']|(?<=\w)'(?=\w))*)'(?!\w)"
 )
 _NUMBER = re.compile(r"(?<![\w.,])[-+]?\d[\d.,]*|\d[\d.,]*")
+_NUMERAL = re.compile(r"(?<![\w.,])-?\d[\d.,]*(?![\w])")
 _SIGNATURE = re.compile(r"(?<![\w.])([^\W\d]\w*)\(\s*((?:[^\W\d]\w*(?:\s*,\s*[^\W\d]\w*)*)?)\s*\)")
 _MISSION = re.compile(r"\b[0-9a-f]{16}-[0-9a-f]{6}\b")
 _TRANSACTION = re.compile(r"\b[0-9a-f]{16}\b(?!-)")
@@ -55,10 +55,12 @@ class Sentence:
 
     Attributes:
         text: as it was typed, without the space around it.
+        head: as much of it as is looked at closely.
     """
 
     def __init__(self, text: str) -> None:
         self.text = text.strip()
+        self.head = self.text[:LOOKED_AT]
 
     @cached_property
     def shown(self) -> str:
@@ -73,7 +75,7 @@ class Sentence:
     @cached_property
     def words(self) -> list[str]:
         """The words in small letters; an identifier is one word."""
-        return words_of(self.text)
+        return words_of(self.head)
 
     @cached_property
     def quotations(self) -> list[str]:
@@ -84,16 +86,17 @@ class Sentence:
     @cached_property
     def numbers(self) -> set[float]:
         """Every value that a numeral or a number word in the sentence may stand for."""
-        text = self.text.replace("\u2212", "-")
-        found = {value for match in _NUMBER.finditer(text) for value in _values(match.group())}
+        text = self.head.replace("\u2212", "-")
+        found = {value for match in _NUMBER.finditer(text) for value in numeral_values(match.group())}
         found |= {value for word in self.words for value in _NUMBER_WORDS.get(word, ())}
-        return found | {unicodedata.numeric(c) for c in self.text if c.isnumeric() and not c.isdecimal()}
+        return found | {unicodedata.numeric(c) for c in self.head if c.isnumeric() and not c.isdecimal()}
 
     @cached_property
-    def numerals(self) -> list[int | float]:
-        """The numbers written in digits outside of quotations, in their order."""
-        found = (_literal(match.group().rstrip(".,")) for match in _NUMBER.finditer(self.unquoted))
-        return [value for value in found if isinstance(value, (int, float))]
+    def numerals(self) -> list[str]:
+        """The numbers that stand alone in digits, outside of quotations."""
+        return [
+            match.group().rstrip(".,") for match in _NUMERAL.finditer(self.unquoted.replace("\u2212", "-"))
+        ]
 
     @cached_property
     def signatures(self) -> list[tuple[str, list[str]]]:
@@ -106,34 +109,43 @@ class Sentence:
     @cached_property
     def missions(self) -> list[str]:
         """What looks like the id of a mission."""
-        return _MISSION.findall(self.text)
+        return _MISSION.findall(self.head)
 
     @cached_property
     def transactions(self) -> list[str]:
         """What looks like the id of a transaction."""
-        return _TRANSACTION.findall(self.text)
+        return _TRANSACTION.findall(self.head)
 
     @cached_property
     def unquoted(self) -> str:
         """The sentence with a space in place of each quotation."""
-        return _QUOTATION.sub(lambda match: " " * len(match.group()), self.text)
+        return _QUOTATION.sub(lambda match: " " * len(match.group()), self.head)
+
+    @cached_property
+    def _spoken(self) -> str:
+        return f" {' '.join(self.words)} "
 
     @cached_property
     def _quoted(self) -> list[re.Match[str]]:
-        return list(_QUOTATION.finditer(self.text))
+        return list(_QUOTATION.finditer(self.head))
 
     def says(self, words: Sequence[str]) -> bool:
         """Returns whether these words, in small letters, follow each other in the sentence."""
-        count = len(words)
-        return any(self.words[i : i + count] == list(words) for i in range(len(self.words) - count + 1))
+        return f" {' '.join(words)} " in self._spoken
 
-    def verbatim(self, text: str) -> str | None:
-        """Returns `text` in the letters and spaces of the sentence, or None where it does not occur."""
+    def verbatim(self, text: str, *, cut: bool = False) -> str | None:
+        """Returns `text` in the letters and spaces of the sentence, or None where it does not occur.
+
+        Args:
+            cut: `text` was cut short: what follows in the sentence belongs to it.
+        """
         parts = text.split()
         if not parts:
             return None
         match = re.search(r"\s+".join(map(re.escape, parts)), self.text, re.IGNORECASE)
-        return match.group() if match else None
+        if match is None:
+            return None
+        return self.text[match.start() :] if cut else match.group()
 
     def is_all(self, text: str) -> bool:
         """Returns whether `text` is the whole sentence, quotation marks and punctuation aside."""
@@ -149,7 +161,7 @@ def _is_visible(character: str) -> bool:
     return unicodedata.category(character) not in ("Cc", "Cf", "Co", "Cs", "Cn")
 
 
-def _values(numeral: str) -> set[float]:
+def numeral_values(numeral: str) -> set[float]:
     """Returns what a numeral may mean in any country: 1,000 is 1000 here and 1 there."""
     found = set()
     for candidate in (
@@ -162,10 +174,3 @@ def _values(numeral: str) -> set[float]:
         except ValueError:
             continue
     return found
-
-
-def _literal(numeral: str) -> Any:
-    try:
-        return ast.literal_eval(numeral)
-    except (ValueError, SyntaxError):
-        return None

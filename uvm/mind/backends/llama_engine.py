@@ -142,14 +142,14 @@ class Engine:
 
     def _claim(self, tokens: Sequence[int]) -> tuple[int, int]:
         """Returns the sequence that shares most with `tokens`, cut to that, and the length shared."""
-        seq = max(self._kept, key=lambda each: _shared(self._kept[each], tokens))
-        kept = self._kept.pop(seq)  # put back last: the first of equals is the least recently used
-        shared = _shared(kept, tokens) // _STEP * _STEP
-        if not self._lib.llama_memory_seq_rm(self._memory, seq, shared, -1):
+        shared = {seq: _shared(kept, tokens) // _STEP * _STEP for seq, kept in self._kept.items()}
+        seq = max(shared, key=lambda each: shared[each])  # the first of equals is the least recently used
+        kept, length = self._kept.pop(seq), shared[seq]
+        if not self._lib.llama_memory_seq_rm(self._memory, seq, length, -1):
             self._lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
-            shared = 0
-        self._kept[seq] = kept[:shared]
-        return seq, shared
+            length = 0
+        self._kept[seq] = kept[:length]
+        return seq, length
 
     def _decode(self, tokens: Sequence[int], position: int) -> None:
         batch = self._batch

@@ -1,0 +1,219 @@
+"""A conversation with a kernel: reads what is typed, sends it, follows its cycles, shows the answer.
+
+Takes a kernel as `uvm.client.Kernel` is one, and a reader that turns text into readings; knows no terminal
+but the display that it is given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol
+
+from terminal.display import CycleView, Display
+from uvm.errors import BatosError, CallerError
+from uvm.parser import Context, Reading, parse_exact
+from uvm.states import FINAL
+
+TOPICS = ("transition", "token", "finding")
+DESTROYING = {"shutdown", "revert_method", "undo", "delete_slot", "cancel_mission"}
+PAGE = 1000  # objects asked for at once
+SIGN_OF_LIFE_S = 5.0  # how often, and for how long, a kernel that takes its time is asked whether it lives
+
+
+class Connection(Protocol):
+    """What a session needs of a kernel."""
+
+    async def request(self, command: str, *, timeout_s: float | None = None, **fields: Any) -> Any: ...
+
+    def events(self, *topics: str) -> AsyncIterator[dict[str, Any]]: ...
+
+
+Read = Callable[[str, Context], Awaitable[Reading]]
+Confirm = Callable[[str], Awaitable[bool]]
+
+
+class Doubtful(CallerError):
+    """A sentence that was not understood well enough to act on it, with nobody there to ask."""
+
+
+class Quit(Exception):
+    """The user wants to leave."""
+
+
+class Session:
+    """One user's conversation with one kernel.
+
+    Args:
+        kernel: an open connection.
+        read: turns a text into a reading.
+        display: where answers go.
+        confirm: asks the user a question; None where nobody can answer.
+    """
+
+    def __init__(
+        self, kernel: Connection, read: Read, display: Display, confirm: Confirm | None = None
+    ) -> None:
+        self._kernel = kernel
+        self._read = read
+        self._display = display
+        self._confirm = confirm
+        self._cycles = _Cycles(CycleView(display))
+        self._follower: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Session:
+        self._follower = asyncio.create_task(self._follow())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._follower is not None:
+            self._follower.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._follower
+
+    async def say(self, text: str) -> tuple[str, Any]:
+        """Does what `text` asks for and returns the command's name and its result, without showing them.
+
+        Raises:
+            BatosError: it could not be understood, or the kernel refused or failed.
+            Quit: it asks to leave.
+            asyncio.CancelledError: the user interrupted; its mission is cancelled.
+        """
+        command = await self._command(text)
+        if command is None:
+            return "nothing", None
+        name = command["command"]
+        if name == "quit":
+            raise Quit
+        if name == "help":
+            return name, None
+        return name, await self._send(name, {key: command[key] for key in command if key != "command"})
+
+    def show(self, name: str, result: Any) -> None:
+        """Shows what `say` returned."""
+        if name == "help":
+            self._display.help()
+        elif name != "nothing":
+            self._display.answer(name, result)
+
+    async def context(self) -> Context:
+        """Returns the objects that the kernel has now."""
+        rows: list[dict[str, Any]] = []
+        while True:
+            after = {"after": rows[-1]["name"]} if rows else {}
+            page = await self._kernel.request("list_objects", limit=PAGE, **after)
+            rows += page
+            if len(page) < PAGE:
+                return Context.from_rows(rows)
+
+    async def _command(self, text: str) -> dict[str, Any] | None:
+        """Returns the command that `text` means, or None where the user takes it back."""
+        exact = parse_exact(text)
+        if exact is not None:
+            return exact
+        reading = await self._read(text, await self.context())
+        question = reading.question
+        if question is None and not reading.exact and reading.told()["command"] in DESTROYING:
+            question = f"Shall I do {spell(reading.told())}?"
+        elif question is not None and reading.command is not None:
+            question = f"{question} Shall I do {spell(reading.command)}?"
+        if question is None:
+            return reading.told()
+        if self._confirm is None:
+            return self._unasked(reading)
+        if reading.command is None:
+            raise Doubtful(question)
+        return reading.command if await self._confirm(question) else None
+
+    @staticmethod
+    def _unasked(reading: Reading) -> dict[str, Any]:
+        if reading.question is not None:
+            understood = f" (understood: {spell(reading.command)})" if reading.command else ""
+            raise Doubtful(f"{reading.question}{understood}")
+        return reading.told()
+
+    async def _send(self, name: str, fields: dict[str, Any]) -> Any:
+        """Sends a command and waits for its result; looks now and then whether the kernel still lives."""
+        self._cycles.begin(fields)
+        request = asyncio.ensure_future(self._kernel.request(name, **fields))
+        try:
+            while not (await asyncio.wait({request}, timeout=SIGN_OF_LIFE_S))[0]:
+                await self._kernel.request("ping", timeout_s=SIGN_OF_LIFE_S)
+            return await request
+        except asyncio.CancelledError:
+            await self._cancel_missions(fields)
+            raise
+        finally:
+            request.cancel()
+            self._cycles.end()
+
+    async def _cancel_missions(self, fields: dict[str, Any]) -> None:
+        """Cancels what the interrupted request set off: the cycles seen, or else its own in the journal."""
+        missions = set(self._cycles.open)
+        selector = fields.get("mission_brief", fields).get("selector")
+        if not missions and selector is not None:
+            with contextlib.suppress(BatosError):
+                rows = await self._kernel.request("missions", timeout_s=SIGN_OF_LIFE_S)
+                pending = (row for row in rows if row["state"] in ("queued", "running"))
+                missions |= {row["mission_id"] for row in pending if row["brief"]["selector"] == selector}
+        for mission_id in missions:
+            with contextlib.suppress(BatosError):
+                await self._kernel.request("cancel_mission", mission_id=mission_id, timeout_s=SIGN_OF_LIFE_S)
+
+    async def _follow(self) -> None:
+        async for event in self._kernel.events(*TOPICS):
+            self._cycles.take(event)
+
+
+class _Cycles:
+    """The cycles that a request set off, as far as the events tell.
+
+    Events carry no sender: while a request is under way, a cycle that begins counts as its own, unless it is
+    known to be about another selector.
+    """
+
+    def __init__(self, view: CycleView) -> None:
+        self._view = view
+        self._selector: str | None = None
+        self._listening = False
+        self.open: set[str] = set()
+
+    def begin(self, fields: dict[str, Any]) -> None:
+        """A request starts: its fields say which selector a mission of its own has."""
+        brief = fields.get("mission_brief")
+        self._selector = brief["selector"] if brief else None
+        self._listening = brief is not None or "selector" in fields
+        self.open.clear()
+
+    def end(self) -> None:
+        """The request is over."""
+        self._listening = False
+        self._view.rest()
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Takes one event and shows it if it belongs to the request."""
+        mission = event.get("mission")
+        if not self._listening or not isinstance(mission, str):
+            return
+        if event["event"] == "transition" and self._selector in (None, event.get("selector")):
+            self.open.add(mission)
+        if mission in self.open:
+            self._view.show(event)
+        if event.get("state") in FINAL and event["event"] == "transition":
+            self.open.discard(mission)
+
+
+def spell(command: dict[str, Any]) -> str:
+    """Returns a command as a person would type it, or close to it."""
+    name, target = command["command"], command.get("target_oid", "")
+    if name == "send_message":
+        return f"{target}.{command['selector']}({', '.join(map(repr, command['args']))})"
+    if name == "initiate_cognitive_cycle":
+        brief = command["mission_brief"]
+        verb = "change" if brief["type"] == "revision" else "learn"
+        parameters = f"({', '.join(brief['parameters'])})" if "parameters" in brief else ""
+        return f"{verb} {target}.{brief['selector']}{parameters}"
+    words = [str(value) for key, value in command.items() if key not in ("command", "target_oid", "selector")]
+    subject = ".".join(filter(None, [target, command.get("selector", "")]))
+    return " ".join(filter(None, [name.replace("_", " "), subject, *words]))
