@@ -19,10 +19,10 @@ from typing import Any
 import transaction
 import zmq
 import zmq.asyncio
-from bench.figures import Figure, percentile
 from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
 
+from bench.figures import Figure, percentile
 from evals.kernels import free_endpoint, running
 from uvm.client import Kernel
 from uvm.image.prototypes import UvmObject

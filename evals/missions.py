@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evals.report import Case, Report
-
 from evals.kernels import running
+from evals.report import Case, Report
 from uvm.client import Kernel
 from uvm.codec import matches
 from uvm.errors import BatosError, MissionFailed

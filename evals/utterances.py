@@ -1,8 +1,8 @@
 """`python -m evals utterances FILE --context FILE`: how many sentences become the command they stand for.
 
 Each row has a sentence (`say`) and what its command must have; `expects` says how rows are read. A question
-back counts as a miss. Runs the parser as `chat_client.py --parse` does. In `evals/data` there are two sets, each
-with its context, written before the parser was tuned.
+back counts as a miss. Runs the parser as `chat_client.py --parse` does. In `evals/data` there are two sets,
+each with its context, written before the parser was tuned.
 """
 
 from __future__ import annotations

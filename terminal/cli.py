@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import json
+import os
 import signal
 import socket
 import sys
@@ -217,6 +219,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Runs the client and returns its exit status."""
     options = parse_arguments(arguments)
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     try:
         settings = Settings()
     except HomeError as error:
@@ -229,5 +234,5 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return FAILED
     except BrokenPipeError:  # whoever read our output has gone
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

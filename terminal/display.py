@@ -31,13 +31,14 @@ class Display:
     """Prints to standard output, errors to standard error.
 
     Attributes:
+        out: standard output.
         live: somebody watches: standard output is a terminal.
     """
 
     def __init__(self) -> None:
-        self._out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-        self.live = self._out.is_terminal
+        self.live = self.out.is_terminal
         self._answers: dict[str, Callable[[Any], None]] = {
             "initiate_cognitive_cycle": self._mission_outcome,
             "inspect": self._object,
@@ -66,17 +67,17 @@ class Display:
     def note(self, text: str) -> None:
         """Says something about the session itself, if somebody watches."""
         if self.live:
-            self._out.print(Text(printable(text), style="dim"))
+            self.out.print(Text(printable(text), style="dim"))
 
     def help(self) -> None:
         """Shows what can be said."""
-        self._out.print(SAY)
+        self.out.print(SAY)
         self._rows([(f"  /{name} {slash.usage}".rstrip(), slash.meaning) for name, slash in SLASHES.items()])
 
     # Answers
 
     def _value(self, value: Any) -> None:
-        self._out.print(as_text(value))
+        self.out.print(as_text(value))
 
     def _mission_outcome(self, result: dict[str, Any]) -> None:
         method = result.get("method")
@@ -85,21 +86,19 @@ class Display:
             figures = (
                 f"{result['attempts']} attempt{'s' * (result['attempts'] != 1)}, {result['seconds']:.1f} s"
             )
-            self._out.print(
-                Text.assemble(("learned ", "green"), (signature, "bold"), (f"  {figures}", "dim"))
-            )
+            self.out.print(Text.assemble(("learned ", "green"), (signature, "bold"), (f"  {figures}", "dim")))
             self._source(method["source"])
         else:
-            self._out.print(f"mission {result['mission_id']}: {result['state']}")
+            self.out.print(f"mission {result['mission_id']}: {result['state']}")
         if "result" in result:
             self._value(result["result"])
 
     def _object(self, result: dict[str, Any]) -> None:
         parents = f"  delegates to {', '.join(result['parents'])}" if result["parents"] else ""
         name = result["name"] or result["oid"]
-        self._out.print(Text.assemble((printable(name), "bold"), (f"  {result['oid']}{parents}", "dim")))
+        self.out.print(Text.assemble((printable(name), "bold"), (f"  {result['oid']}{parents}", "dim")))
         for slot, value in result["slots"].items():
-            self._out.print(f"{slot} = {printable(repr(value))}")
+            self.out.print(f"{slot} = {printable(repr(value))}")
         for method in result["methods"].values():
             self._source(method["source"])
 
@@ -112,7 +111,7 @@ class Display:
     def _versions(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             first = Text(f"version {row['version']}", style="bold")
-            self._out.print(first.append(f"  {row['sha256'][:12]}  {row['doc'] or ''}".rstrip(), style="dim"))
+            self.out.print(first.append(f"  {row['sha256'][:12]}  {row['doc'] or ''}".rstrip(), style="dim"))
             self._source(row["source"])
 
     def _memories(self, rows: list[dict[str, Any]]) -> None:
@@ -120,8 +119,8 @@ class Display:
             self.note("the memory has nothing like it")
         for row in rows:
             about = " ".join(str(row[key]) for key in ("kind", "subject") if row.get(key))
-            self._out.print(Text(f"{row['score']:.2f}  {about}".rstrip(), style="dim"))
-            self._out.print(printable(row["text"]))
+            self.out.print(Text(f"{row['score']:.2f}  {about}".rstrip(), style="dim"))
+            self.out.print(printable(row["text"]))
 
     def _missions(self, rows: list[dict[str, Any]]) -> None:
         if not rows:
@@ -147,14 +146,14 @@ class Display:
                 (printable(first), "bold"), gap, *(f"  {printable(cell)}" for cell in others)
             )
             line.rstrip()
-            self._out.print(line)
+            self.out.print(line)
 
     def _source(self, source: str) -> None:
         source = printable(source).strip("\n")
         if self.live:
-            self._out.print(Syntax(source, "python", background_color="default", word_wrap=True))
+            self.out.print(Syntax(source, "python", background_color="default", word_wrap=True))
         else:
-            self._out.print(source)
+            self.out.print(source)
 
 
 class CycleView:
@@ -162,7 +161,6 @@ class CycleView:
 
     def __init__(self, display: Display) -> None:
         self._display = display
-        self._out = display._out
         self._writing = False
 
     def show(self, event: dict[str, Any]) -> None:
@@ -178,24 +176,24 @@ class CycleView:
         selector = f"  {event['selector']}" if event["state"] == State.IDLE else ""
         style = {State.COMPLETE: "green", State.FAILED: "red"}.get(event["state"], "cyan")
         time_s = (f"{event.get('seconds', 0.0):7.1f} s  ", "dim")
-        self._out.print(Text.assemble(time_s, (event["state"], style), (f"{selector}{again}", "dim")))
+        self._display.out.print(Text.assemble(time_s, (event["state"], style), (f"{selector}{again}", "dim")))
 
     def _token(self, event: dict[str, Any]) -> None:
         self._writing = True
-        self._out.print(Text(printable(event["text"]), style="dim"), end="")
+        self._display.out.print(Text(printable(event["text"]), style="dim"), end="")
         sys.stdout.flush()
 
     def _finding(self, event: dict[str, Any]) -> None:
         self.rest()
         mended = " (mended)" if event.get("mended") else ""
         found = f"           {event['rule']}, line {event['line']}: {event['message']}{mended}"
-        self._out.print(Text(printable(found), style="yellow"))
+        self._display.out.print(Text(printable(found), style="yellow"))
 
     def rest(self) -> None:
         """Ends the line that the model's words are on."""
         if self._writing:
             self._writing = False
-            self._out.print()
+            self._display.out.print()
 
 
 def _flat(value: Any) -> str:

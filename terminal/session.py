@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
 from terminal.display import CycleView, Display
-from uvm.errors import BatosError, CallerError
+from uvm.errors import BatosError, CallerError, KernelUnreachable
 from uvm.parser import Context, Reading, parse_exact
 from uvm.states import FINAL
 
@@ -102,7 +102,7 @@ class Session:
         rows: list[dict[str, Any]] = []
         while True:
             after = {"after": rows[-1]["name"]} if rows else {}
-            page = await self._kernel.request("list_objects", limit=PAGE, **after)
+            page = await self._request("list_objects", {"limit": PAGE, **after})
             rows += page
             if len(page) < PAGE:
                 return Context.from_rows(rows)
@@ -134,19 +134,33 @@ class Session:
         return reading.told()
 
     async def _send(self, name: str, fields: dict[str, Any]) -> Any:
-        """Sends a command and waits for its result; looks now and then whether the kernel still lives."""
+        """Sends the command that the user asked for, while its cycles are shown."""
         self._cycles.begin(fields)
-        request = asyncio.ensure_future(self._kernel.request(name, **fields))
         try:
-            while not (await asyncio.wait({request}, timeout=SIGN_OF_LIFE_S))[0]:
-                await self._kernel.request("ping", timeout_s=SIGN_OF_LIFE_S)
-            return await request
+            return await self._request(name, fields)
         except asyncio.CancelledError:
             await self._cancel_missions(fields)
             raise
         finally:
-            request.cancel()
             self._cycles.end()
+
+    async def _request(self, name: str, fields: dict[str, Any]) -> Any:
+        """Sends a command and waits for its result, as long as the kernel that has it lives."""
+        kernel = await self._sign_of_life()
+        request = asyncio.ensure_future(self._kernel.request(name, **fields))
+        try:
+            while not (await asyncio.wait({request}, timeout=SIGN_OF_LIFE_S))[0]:
+                if await self._sign_of_life() != kernel:
+                    raise KernelUnreachable(
+                        "the kernel restarted before it answered; its missions: /missions"
+                    )
+            return await request
+        finally:
+            request.cancel()
+
+    async def _sign_of_life(self) -> int:
+        """Returns the kernel's process id."""
+        return int((await self._kernel.request("ping", timeout_s=SIGN_OF_LIFE_S))["pid"])
 
     async def _cancel_missions(self, fields: dict[str, Any]) -> None:
         """Cancels what the interrupted request set off: the cycles seen, or else its own in the journal."""

@@ -176,6 +176,29 @@ def test_it_finds_the_projects_python(home: dict[str, str], tmp_path: Path) -> N
     assert done.stdout == "ran chat_client.py --help\n"
 
 
+def test_bytes_that_are_no_text_do_no_harm(home: dict[str, str], context: str) -> None:
+    done = subprocess.run(
+        [sys.executable, CLIENT, "--parse", "--context", context],
+        input=b"/remember \xff\xfe\n/remember '\\udc80'\n",
+        env=home,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["command"] for line in done.stdout.splitlines()] == ["remember", "remember"]
+
+
+def test_a_reader_that_goes_away_does_no_harm(home: dict[str, str], context: str) -> None:
+    command = (
+        f"yes /status | head -n 20000 | {sys.executable} {CLIENT} --parse --context {context} | head -n 1"
+    )
+    done = subprocess.run(
+        command, shell=True, env=home, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert (json.loads(done.stdout), done.stderr) == ({"command": "status"}, "")
+
+
 # Values
 
 
@@ -350,6 +373,24 @@ def test_a_sentence_that_destroys_is_confirmed(joined: dict[str, str], kernel: K
     assert kernel.process.wait(30) == 0
     terminal.sendline("/quit")
     terminal.expect(pexpect.EOF)
+
+
+@pytest.mark.slow
+def test_a_kernel_that_goes_and_comes_back(joined: dict[str, str], kernel: KernelProcess) -> None:
+    terminal = open_terminal(joined)
+    terminal.sendline("learn something slow")
+    terminal.expect("SYNTHESIZING")
+    kernel.kill()
+    terminal.expect(r"error: .*puter\.sh")
+    terminal.expect("BAT OS>")
+    terminal.sendline("/create lost_obj")
+    terminal.expect(r"error: .*puter\.sh")
+    terminal.expect("BAT OS>")
+    kernel.start()
+    terminal.sendline("/objects")
+    terminal.expect("traits_obj")
+    assert "lost_obj" not in terminal.before  # what failed is not done later, behind the user's back
+    terminal.close(force=True)
 
 
 @pytest.mark.slow

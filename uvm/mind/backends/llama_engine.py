@@ -143,7 +143,8 @@ class Engine:
     def _claim(self, tokens: Sequence[int]) -> tuple[int, int]:
         """Returns the sequence that shares most with `tokens`, cut to that, and the length shared."""
         shared = {seq: _shared(kept, tokens) // _STEP * _STEP for seq, kept in self._kept.items()}
-        seq = max(shared, key=lambda each: shared[each])  # the first of equals is the least recently used
+        # An empty one rather than one in use; among equals the first, which is the least recently used.
+        seq = max(shared, key=lambda each: (shared[each], not self._kept[each]))
         kept, length = self._kept.pop(seq), shared[seq]
         if not self._lib.llama_memory_seq_rm(self._memory, seq, length, -1):
             self._lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
@@ -222,6 +223,9 @@ def _quote(match: re.Match[str]) -> str:
 @cache
 def _library() -> Any:
     """Returns llama.cpp's C interface; its log goes to `_log` instead of standard error."""
+    # Threads that spin for long at every step fight over the cores with whoever else computes, a hand for
+    # example: ten times slower then. Spinning briefly costs nothing where nobody else does.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from llama_cpp import llama_cpp as lib
 
     lib.llama_log_set(_on_log, None)
