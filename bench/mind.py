@@ -29,14 +29,14 @@ from uvm.mind.mind import Mind
 from uvm.mind.personas import Persona
 
 MODEL = "qwen2.5-coder-1.5b-instruct-q4_k_m"
-ROUNDS = 8
-TOKENS = 96  # written in each round
+ROUNDS = 6
+TOKENS = 64  # written in each round
 CONTEXT = 2048
 SYSTEM = "You are a patient teacher of programming. You explain everything step by step, with an example."
 QUESTION = (
     "Explain in great detail how a hash table works, what can go wrong with it, and how that is mended."
 )
-REPEATED = 12  # how often the prompt says so, to give the engine something to read
+REPEATED = 8  # how often the prompt says so, to give the engine something to read
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class _Bare:
     def __init__(self, path: Path) -> None:
         from llama_cpp import llama_cpp as lib
 
-        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
         self._lib = lib
         started = time.perf_counter()
         self._model = lib.llama_model_load_from_file(os.fsencode(path), lib.llama_model_default_params())

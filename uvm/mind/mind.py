@@ -1,7 +1,7 @@
 """The mind: asks a persona's model and gives back its reply.
 
-Whoever thinks (the PSM, the chat client's kernel side) calls `Mind.ask`; backends do the work, in one
-thread: a second generation at the same time would slow both down. Imports no engine before it is needed.
+Whoever thinks calls `Mind.ask`; backends do the work, in one thread: a second generation at the same time
+would slow both down. Imports no engine before it is needed.
 """
 
 from __future__ import annotations
