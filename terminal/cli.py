@@ -51,7 +51,7 @@ class Client:
         self._options = options
         self._settings = settings
         self._display = Display()
-        self._reader = Reader(settings)
+        self._reader = Reader(settings, self._display.note)
         self._status = 0
 
     async def run(self) -> int:

@@ -14,17 +14,24 @@ from uvm.mind.backends.llama_cpp import LlamaCpp
 from uvm.mind.backends.scripted import Scripted
 from uvm.parser import Context, Parser, Reading
 
+Say = Callable[[str], None]
+
 _SCRIPTED = "scripted:"
 
 
-def open_parser(settings: Settings) -> Parser:
-    """Returns a parser with the model of `LLAMA_MODEL_PATH`, which may be `scripted:` and a script's path."""
+def open_parser(settings: Settings, say: Say = lambda text: None) -> Parser:
+    """Returns a parser with the model of `LLAMA_MODEL_PATH`, which may be `scripted:` and a script's path.
+
+    Args:
+        say: told when the model is about to be loaded, which takes seconds.
+    """
 
     def open_model() -> Backend:
         name = settings.LLAMA_MODEL_PATH
         if name.startswith(_SCRIPTED):
             return Scripted.from_file(Path(name.removeprefix(_SCRIPTED)))
         path = locate(name, settings.MODELS_DIR)
+        say(f"The first sentence takes longer: loading {path.stem}")
         return LlamaCpp(
             path, n_ctx=settings.CONTEXT_TOKENS, n_threads=settings.INFERENCE_THREADS, prompts_kept=1
         )
@@ -35,8 +42,8 @@ def open_parser(settings: Settings) -> Parser:
 class Reader:
     """Reads texts in a thread, one at a time."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._parser = open_parser(settings)
+    def __init__(self, settings: Settings, say: Say) -> None:
+        self._parser = open_parser(settings, say)
         self._lock = threading.Lock()
 
     async def read(self, text: str, context: Context) -> Reading:

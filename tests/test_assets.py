@@ -317,7 +317,8 @@ def test_a_part_that_arrived_is_not_fetched_again(tiny: Asset, index: Path, tmp_
 
 
 RUN_TINY = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 from uvm.mind.assets import CATALOGUE, Asset, main
 from uvm.mind.catalogue import AssetFile, Packages
 CATALOGUE["tiny-model"] = {asset!r}
