@@ -75,6 +75,11 @@ def once(home: KernelProcess, text: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+def greeting_of(name: str) -> str:
+    """A pattern for a line that greets `name`; not for the echoed line, which has it in quotation marks."""
+    return f'[A-Z][a-z]+[^\r\n"]*{name}[^\r\n"]*\r\n'
+
+
 def test_the_first_conversation(home: KernelProcess, watchdog: "subprocess.Popen[bytes]") -> None:
     terminal = client(home)
     terminal.expect_exact(PROMPT)
@@ -86,7 +91,7 @@ def test_the_first_conversation(home: KernelProcess, watchdog: "subprocess.Popen
 
     prompts = log(home).count('"event": "prompt"')
     terminal.sendline('Greet me as "Architect".')
-    terminal.expect("[A-Z][a-z]+[^\r\n]*Architect[^\r\n]*\r\n")
+    terminal.expect(greeting_of("Architect"))
     terminal.expect_exact(PROMPT)
     assert log(home).count('"event": "prompt"') == prompts  # understood: no cycle ran
 
@@ -94,7 +99,8 @@ def test_the_first_conversation(home: KernelProcess, watchdog: "subprocess.Popen
     os.kill(pid, signal.SIGKILL)
     wait_until_live(home, 2)
     terminal.sendline('Greet me as "Ada".')
-    terminal.expect("[A-Z][a-z]+[^\r\n]*Ada[^\r\n]*\r\n")
+    terminal.expect(greeting_of("Ada"))
+    terminal.expect_exact(PROMPT)
     terminal.sendeof()
     terminal.expect(pexpect.EOF)
 
