@@ -25,7 +25,9 @@ from uvm.bridge import Bridge
 from uvm.errors import DoesNotUnderstand, HomeError, ShuttingDown
 from uvm.hands.pool import HandPool
 from uvm.image.image import LivingImage, Txn
+from uvm.keys import ensure_keys
 from uvm.lanes import Lane
+from uvm.listening import reaches_beyond
 from uvm.memory.embedder import Embedder, Hashing, MiniLM
 from uvm.memory.fractal import FractalMemory
 from uvm.messenger import Messenger
@@ -127,12 +129,17 @@ class Kernel:
         closing.append(self._mind.close)
         if await awaken(self._image):
             say("Prototypal awakening: the primordial objects are born")
+        for line in ensure_keys(settings.KEYS_DIR):
+            say(line)
         await self._bridge.start()
         closing.append(lambda: self._bridge.close(GRACE_S))
         closing.append(self._missions.close)
         self._log.listen(self._bridge.publish)
         await self._log.record("kernel", change="live", pid=os.getpid())
         resumed = await self._missions.resume()
+        endpoints = (settings.ZMQ_ENDPOINT, settings.ZMQ_EVENTS_ENDPOINT)
+        if beyond := ", ".join(filter(reaches_beyond, endpoints)):
+            say(f"Listening beyond this machine at {beyond}; whoever holds an admitted key may do everything")
         say(f"Listening at {settings.ZMQ_ENDPOINT}, events at {settings.ZMQ_EVENTS_ENDPOINT}")
         if resumed:
             say(f"Missions taken up from the journal: {resumed}")
@@ -182,6 +189,9 @@ class Kernel:
 
     def _fault(self, error: BaseException) -> None:
         """Tells of a fault of the kernel's own, with all that is needed to mend it."""
+        if isinstance(error, HomeError):  # it names the file and says what to do
+            say(str(error))
+            return
         traceback.print_exception(error, file=sys.stderr)
 
     # Commands

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import Awaitable, Iterable
 from pathlib import Path
@@ -24,13 +23,12 @@ from terminal.reader import Reader
 from terminal.session import Quit, Session
 from terminal.values import JSON_FORMS, as_json
 from uvm.client import Kernel
-from uvm.errors import BatosError, HomeError, InvalidField, KernelUnreachable, MindError, to_wire
+from uvm.errors import BatosError, HomeError, InvalidField, MindError, to_wire
 from uvm.parser import Context
 
 FAILED, USAGE = 1, 2
 PROMPT = "BAT OS> "
 _PROMPT_STYLE = "bold fg:ansidefault"  # with a colour, the space at its end is written like the rest
-PROBE_S = 1.0
 _DESCRIPTION = "The terminal client of BAT OS: plain sentences, obj.method(values) and /commands (see /help)."
 _EPILOG = f"""\
 Without options it is interactive; text from a pipe is taken line by line and only answers are printed.
@@ -163,12 +161,6 @@ class Client:
 
     def _fail(self, error: BatosError) -> None:
         self._status = FAILED
-        if isinstance(error, KernelUnreachable) and _listens(self._settings.ZMQ_ENDPOINT):
-            error = KernelUnreachable(
-                f"something listens at {self._settings.ZMQ_ENDPOINT} but does not accept the keys in "
-                f"{self._settings.KEYS_DIR}; set BATOS_HOME to that kernel's home",
-                **error.details,
-            )
         if self._options.json:
             self._print_json({"ok": False, "error": to_wire(error)})
         self._display.error(error.message)
@@ -176,20 +168,6 @@ class Client:
     @staticmethod
     def _print_json(value: Any) -> None:
         print(json.dumps(as_json(value), ensure_ascii=False), flush=True)
-
-
-def _listens(endpoint: str) -> bool:
-    """Returns whether anything accepts connections at a ZeroMQ address."""
-    scheme, _, address = endpoint.partition("://")
-    host, _, port = address.rpartition(":")
-    family, where = (socket.AF_INET, (host, int(port))) if scheme == "tcp" else (socket.AF_UNIX, address)
-    try:
-        with socket.socket(family) as probe:
-            probe.settimeout(PROBE_S)
-            probe.connect(where)
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -176,8 +176,11 @@ class Session:
                 await self._kernel.request("cancel_mission", mission_id=mission_id, timeout_s=SIGN_OF_LIFE_S)
 
     async def _follow(self) -> None:
-        async for event in self._kernel.events(*TOPICS):
-            self._cycles.take(event)
+        try:
+            async for event in self._kernel.events(*TOPICS):
+                self._cycles.take(event)
+        except BatosError as error:  # commands are answered all the same
+            self._display.note(f"cycles can't be followed: {error}")
 
 
 class _Cycles:

@@ -147,7 +147,7 @@ def test_without_a_kernel_it_says_how_to_start_one(home: dict[str, str], tmp_pat
 
 
 def test_a_kernel_that_refuses_the_keys_is_told_from_none(home: dict[str, str], tmp_path: Path) -> None:
-    from uvm.bridge import ensure_keys
+    from uvm.keys import ensure_keys
 
     ensure_keys(tmp_path / "keys")
     assert "./puter.sh" in one_line(run(home, "-c", "/status").stderr)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import zmq
 import zmq.asyncio
-import zmq.auth
 
 from evals.kernels import PROJECT, KernelProcess
 from tests.conftest import Start, scripted, writes
@@ -268,26 +267,11 @@ async def test_bad_frames_are_answered_and_forgotten(start_kernel: Start, tmp_pa
 async def test_requests_from_a_req_socket(start_kernel: Start, tmp_path: Path) -> None:
     process = start_kernel(scripted(tmp_path, []))
     async with process.client() as kernel:
-        socket = kernel._connect(zmq.REQ, kernel._endpoint)
+        socket = kernel._keyed(zmq.REQ)
+        socket.connect(kernel._endpoint)
         await socket.send(pack_request("x", "ping", {}))
         assert unpack(await socket.recv())["id"] == "x"
         socket.close(linger=0)
-
-
-async def test_a_stranger_gets_no_answer(start_kernel: Start, tmp_path: Path) -> None:
-    process = start_kernel(scripted(tmp_path, []))
-    stranger = tmp_path / "stranger"
-    stranger.mkdir()
-    zmq.auth.create_certificates(stranger, "client")
-    (stranger / "kernel.key").write_bytes((process.home / "keys" / "kernel.key").read_bytes())
-    environment = process.environment
-    client = Kernel(
-        environment["BATOS_ZMQ_ENDPOINT"], environment["BATOS_ZMQ_EVENTS_ENDPOINT"], stranger, 1.0
-    )
-    with pytest.raises(errors.KernelUnreachable):
-        await client.__aenter__()
-    assert oct((process.home / "keys").stat().st_mode)[-3:] == "700"
-    assert {oct(key.stat().st_mode)[-3:] for key in (process.home / "keys").glob("*.key*")} == {"600"}
 
 
 async def test_cancelling_a_mission_stops_its_generation(start_kernel: Start, tmp_path: Path) -> None:

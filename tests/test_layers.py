@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"uvm.errors", "uvm.states"},
-    {"uvm.codec"},
-    {"uvm.messages"},
+    {"uvm.codec", "uvm.keyfiles", "uvm.handshakes"},
+    {"uvm.messages", "uvm.keys"},
     {"uvm.lanes", "uvm.metacognition", "uvm.image", "uvm.guardian", "uvm.client"},
     {"uvm.hands", "uvm.memory", "uvm.mind"},
     {"uvm.parser", "uvm.prompts", "uvm.messenger"},
@@ -16,11 +16,12 @@ LAYERS = [
     {"uvm.cycle"},
     {"uvm.psm"},
     {"uvm.missions", "uvm.objects", "uvm.awakening"},
+    {"uvm.admission", "uvm.listening", "uvm.publisher"},
     {"uvm.bridge"},
 ]
 ORGANS = {organ: level for level, organs in enumerate(LAYERS) for organ in organs}
 # What clients use stays free of the kernel's organs.
-CLIENT_SIDE = {"uvm.client": {"uvm.errors", "uvm.messages", "uvm.codec"}}
+CLIENT_SIDE = {"uvm.client": {"uvm.errors", "uvm.messages", "uvm.codec", "uvm.handshakes", "uvm.keyfiles"}}
 CLIENT_SIDE["uvm.parser"] = CLIENT_SIDE["uvm.client"] | {"uvm.mind"}
 
 

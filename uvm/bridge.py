@@ -1,45 +1,35 @@
 """The bridge: commands in over ZeroMQ, replies and events out.
 
 One task reads; each request runs in a task of its own, so that control traffic never queues behind work (what
-limits work are the kernel's lanes). A bad message gets a typed error reply and never stops the kernel.
+limits work are the kernel's lanes). A bad message gets a typed error reply and never stops the kernel. Who is
+no admitted client is refused at the handshake, and at each request, since a key may be revoked in between.
 Layer 4.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import zmq
 import zmq.asyncio
-import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
-from uvm.errors import BatosError, HomeError, MalformedMessage, ShuttingDown
-from uvm.messages import Command, Rejected, pack_error, pack_event, pack_result, parse_request
+from uvm.admission import Admission
+from uvm.errors import BatosError, KernelRefused, MalformedMessage, ShuttingDown
+from uvm.keys import AllowedClients
+from uvm.listening import LINGER_MS, Limits, listen
+from uvm.messages import Command, Rejected, pack_error, pack_result, parse_request
+from uvm.publisher import Publisher
 
 Handler = Callable[[Command], Awaitable[Any]]
 
-
-def ensure_keys(keys_dir: Path) -> None:
-    """Makes the CURVE keys of the kernel and of its first client where they are missing.
-
-    The folder is 0700 and the files 0600; `clients/` holds the public keys that may connect.
-    """
-    clients = keys_dir / "clients"
-    before = os.umask(0o077)
-    try:
-        clients.mkdir(parents=True, exist_ok=True)
-        for name in ("kernel", "client"):
-            if not (keys_dir / f"{name}.key_secret").exists():
-                zmq.auth.create_certificates(keys_dir, name)
-        shutil.copyfile(keys_dir / "client.key", clients / "client.key")
-    finally:
-        os.umask(before)
+INCOMING, OUTGOING = 64, 256  # requests and replies of one connection that wait in ZeroMQ
+EVENTS = 1000  # events that wait in ZeroMQ for one subscriber
+REPLY_PATIENCE_S = 30.0  # how long a reply waits for a client that does not read
+RETRY_S, LONGEST_RETRY_S = 0.005, 0.5
 
 
 class Bridge:
@@ -48,7 +38,7 @@ class Bridge:
     Args:
         endpoint: where commands are answered (ROUTER).
         events_endpoint: where events are published (XPUB).
-        keys_dir: as `ensure_keys` leaves it.
+        keys_dir: as `uvm.keys.ensure_keys` leaves it.
         max_message_bytes: a larger message closes its connection.
         handler: answers one command; what it raises becomes the error reply.
         report: told of errors that are no part of `uvm.errors`: faults of the kernel.
@@ -64,110 +54,126 @@ class Bridge:
         handler: Handler,
         report: Callable[[BaseException], None],
     ) -> None:
-        self._endpoints = {zmq.SocketType.ROUTER: endpoint, zmq.SocketType.XPUB: events_endpoint}
+        self._endpoint = endpoint
+        self._events_endpoint = events_endpoint
         self._keys_dir = keys_dir
         self._max_message_bytes = max_message_bytes
         self._handler = handler
         self._report = report
         self._context = zmq.asyncio.Context()
         self._authenticator = AsyncioAuthenticator(self._context)
-        self._topics: set[bytes] = set()
+        self._admission = Admission()
         self._requests: set[asyncio.Task[None]] = set()
-        self._readers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Binds both sockets and begins to answer.
+        """Listens at both addresses and begins to answer.
 
         Raises:
-            HomeError: an address is taken or not one of this machine's.
+            HomeError: an address is taken or not one of this machine's, or a key can't be read.
         """
-        ensure_keys(self._keys_dir)
+        self._clients = AllowedClients(self._keys_dir, self._report)
         self._authenticator.start()
-        self._authenticator.configure_curve(domain="*", location=str(self._keys_dir / "clients"))
-        self._router = self._bind(zmq.SocketType.ROUTER)
-        self._events = self._bind(zmq.SocketType.XPUB)
-        self._readers = [
-            asyncio.create_task(self._read_requests()),
-            asyncio.create_task(self._read_subscriptions()),
-        ]
+        self._authenticator.configure_curve_callback("*", self._clients)
+        try:
+            self._router = self._listen(zmq.ROUTER, self._endpoint, INCOMING, OUTGOING)
+            self._publisher = Publisher(self._listen_for_subscribers, self._clients, self._report)
+        except BaseException:
+            self._authenticator.stop()
+            self._context.destroy(linger=0)
+            raise
+        self._reader = asyncio.create_task(self._read_requests())
 
     def publish(self, event: str, fields: dict[str, Any]) -> None:
         """Publishes an event if anybody subscribed to it; a slow subscriber misses some."""
-        topic = event.encode()
-        if any(topic.startswith(prefix) for prefix in self._topics):
-            try:
-                self._events.send_multipart([topic, pack_event(event, fields)], zmq.NOBLOCK)
-            except BatosError as error:
-                self._report(error)
+        self._publisher.publish(event, fields)
 
     async def close(self, grace_s: float) -> None:
         """Ends what is under way (after `grace_s`, by cancelling it) and closes both sockets."""
         if self._requests:
             await asyncio.wait(self._requests, timeout=grace_s)
-        for task in [*self._requests, *self._readers]:
+        for task in [*self._requests, self._reader]:
             task.cancel()
-        await asyncio.gather(*self._requests, *self._readers, return_exceptions=True)
+        await asyncio.gather(*self._requests, self._reader, return_exceptions=True)
+        await self._publisher.close()
         self._authenticator.stop()
-        self._context.destroy(linger=200)
+        self._context.destroy(linger=LINGER_MS)
 
-    def _bind(self, kind: zmq.SocketType) -> zmq.asyncio.Socket:
-        socket = self._context.socket(kind)
-        socket.curve_publickey, socket.curve_secretkey = zmq.auth.load_certificate(
-            self._keys_dir / "kernel.key_secret"
-        )
-        socket.curve_server = True
-        socket.setsockopt(zmq.MAXMSGSIZE, self._max_message_bytes)
-        try:
-            socket.bind(self._endpoints[kind])
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise HomeError(
-                f"can't listen at {self._endpoints[kind]} ({error}); is another kernel running? "
-                f"Set BATOS_ZMQ_ENDPOINT and BATOS_ZMQ_EVENTS_ENDPOINT to free addresses",
-                endpoint=self._endpoints[kind],
-            ) from None
-        return socket
+    def _listen(self, kind: int, endpoint: str, incoming: int, outgoing: int) -> zmq.asyncio.Socket:
+        limits = Limits(incoming, outgoing, self._max_message_bytes)
+        return listen(self._context, kind, endpoint, self._keys_dir, limits)
+
+    def _listen_for_subscribers(self) -> zmq.asyncio.Socket:
+        return self._listen(zmq.XPUB, self._events_endpoint, EVENTS, EVENTS)
 
     async def _read_requests(self) -> None:
         while True:
-            frames = await self._router.recv_multipart()
-            task = asyncio.create_task(self._answer(frames))
-            self._requests.add(task)
-            task.add_done_callback(self._requests.discard)
+            frames = await self._router.recv_multipart(copy=False)
+            try:
+                self._take([frame.bytes for frame in frames], _key_of(frames[-1]))
+            except Exception as error:  # one message must not make the kernel deaf
+                self._report(error)
 
-    async def _read_subscriptions(self) -> None:
-        """Keeps the set of topics that somebody subscribed to."""
-        while True:
-            message = await self._events.recv()
-            if message[:1] == b"\x01":
-                self._topics.add(message[1:])
-            else:
-                self._topics.discard(message[1:])
-
-    async def _answer(self, frames: list[bytes]) -> None:
-        """Answers one message: `[identity, payload]` of a DEALER, or `[identity, "", payload]` of a REQ."""
+    def _take(self, frames: list[bytes], key: str) -> None:
+        """Begins to answer one message of the client with this key, or refuses it at once."""
         *envelope, payload = frames
+        try:
+            if not self._clients.allows(key):
+                raise KernelRefused("this key was revoked; on the kernel's machine: ./puter.sh key add NAME")
+            self._admission.enter(envelope[0], len(payload))
+        except BatosError as refusal:
+            self._send(envelope, pack_error(_id_of(payload), refusal))
+            return
+        task = asyncio.create_task(self._answer(envelope, payload))
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
+        task.add_done_callback(lambda _: self._admission.leave(envelope[0], len(payload)))
+
+    async def _answer(self, envelope: list[bytes], payload: bytes) -> None:
+        """Answers one message: `[identity, payload]` of a DEALER, or `[identity, "", payload]` of a REQ."""
         try:
             reply = await self._reply(envelope, payload)
         except asyncio.CancelledError:
-            reply = pack_error(_id_of(payload), ShuttingDown("the kernel is shutting down"))
-            self._router.send_multipart([*envelope, reply], zmq.NOBLOCK)
+            self._send(envelope, pack_error(_id_of(payload), ShuttingDown("the kernel is shutting down")))
             raise
-        await self._router.send_multipart([*envelope, reply])
+        pause_s, waited_s = RETRY_S, 0.0
+        while not self._send(envelope, reply) and waited_s < REPLY_PATIENCE_S:
+            await asyncio.sleep(pause_s)  # it is still under way: it counts against who does not read
+            waited_s, pause_s = waited_s + pause_s, min(2 * pause_s, LONGEST_RETRY_S)
+
+    def _send(self, envelope: list[bytes], reply: bytes) -> bool:
+        """Sends a reply; returns False where its connection has no room for it now."""
+        try:
+            sent: Any = self._router.send_multipart([*envelope, reply], zmq.NOBLOCK)
+            sent.result()  # it is done: it was sent or could not be
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:  # who asked has gone
+                self._report(error)
+        return True
 
     async def _reply(self, envelope: list[bytes], payload: bytes) -> bytes:
         if len(envelope) not in (1, 2) or (len(envelope) == 2 and envelope[1]):
             return pack_error(None, MalformedMessage("a request is one frame"))
+        request_id: str | int | None = None
         try:
             request = parse_request(payload)
+            request_id = request.id
+            return pack_result(request_id, await self._handler(request.command))
         except Rejected as rejected:
             return pack_error(rejected.id, rejected.error)
-        try:
-            return pack_result(request.id, await self._handler(request.command))
         except Exception as error:
             if not isinstance(error, BatosError):
                 self._report(error)
-            return pack_error(request.id, error)
+            return pack_error(request_id, error)
+
+
+def _key_of(frame: zmq.Frame) -> str:
+    """Returns the client's public key, as the handshake proved it; empty where there was none."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""
 
 
 def _id_of(payload: bytes) -> str | int | None:

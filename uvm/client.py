@@ -4,8 +4,8 @@
         await kernel.teach("genesis_obj", "square", ["x"], "Return x times x.")
         assert await kernel.send("genesis_obj", "square", 12) == 144
 
-Imports layer 0 only. One task reads replies and wakes whoever waits for each, so any number of requests may
-be under way on one connection.
+Imports no organ of the kernel. One task reads replies and wakes whoever waits for each, so any number of
+requests may be under way on one connection.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any, Self
 
 import zmq
 import zmq.asyncio
-import zmq.auth
 
-from uvm.errors import BatosError, KernelUnreachable, from_wire
+from uvm.errors import BatosError, KernelRefused, KernelUnreachable, from_wire
+from uvm.handshakes import Handshakes
+from uvm.keyfiles import exists, read_pair, read_public
 from uvm.messages import pack_request, unpack
 
 CONNECT_TIMEOUT_S = 3.0
@@ -52,15 +53,21 @@ class Kernel:
         self._ids = itertools.count(1)
         self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._reader: asyncio.Task[None] | None = None
+        self._handshakes: Handshakes | None = None
+        self._refusal: KernelRefused | None = None
 
     async def __aenter__(self) -> Self:
         """Connects and waits for an answer.
 
         Raises:
             KernelUnreachable: no kernel answers within the timeout, or its keys are not there.
+            KernelRefused: kernel and client do not accept each other's keys.
+            HomeError: a key file is torn, or others can read the secret one.
         """
         try:
-            self._socket = self._connect(zmq.DEALER, self._endpoint)
+            self._socket = self._keyed(zmq.DEALER)
+            self._handshakes = Handshakes(self._socket, self._endpoint, self._keys_dir, self._judge)
+            self._socket.connect(self._endpoint)
             self._reader = asyncio.create_task(self._read_replies())
             await self.request("ping", timeout_s=self._connect_timeout_s)
         except BaseException:
@@ -77,7 +84,9 @@ class Kernel:
             self._reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reader
-        self._forsake("the connection was closed")
+        if self._handshakes is not None:
+            await self._handshakes.close()
+        self._forsake(KernelUnreachable("the connection was closed", endpoint=self._endpoint))
         self._context.destroy(linger=0)
 
     async def request(self, command: str, *, timeout_s: float | None = None, **fields: Any) -> Any:
@@ -90,7 +99,10 @@ class Kernel:
         Raises:
             BatosError: whatever the kernel answered, as the type of `uvm.errors` that it is.
             KernelUnreachable: no reply within `timeout_s`.
+            KernelRefused: the kernel does not let this client in.
         """
+        if self._refusal is not None:
+            raise self._refusal
         request_id = str(next(self._ids))
         payload = pack_request(request_id, command, fields)
         reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -100,10 +112,8 @@ class Kernel:
                 await self._socket.send(payload)
                 answer = await reply
         except TimeoutError:
-            raise KernelUnreachable(
-                f"no answer from a kernel at {self._endpoint}; start one with ./puter.sh",
-                endpoint=self._endpoint,
-            ) from None
+            assert self._handshakes is not None
+            raise self._handshakes.silence() from None
         finally:
             del self._waiting[request_id]
         if not answer["ok"]:
@@ -148,31 +158,47 @@ class Kernel:
         return result
 
     async def events(self, *topics: str) -> AsyncIterator[dict[str, Any]]:
-        """Yields the kernel's events, of these topics or of all, from the moment of subscription on."""
-        socket = self._connect(zmq.SUB, self._events_endpoint)
+        """Yields the kernel's events, of these topics or of all, from the moment of subscription on.
+
+        Raises:
+            KernelRefused: the kernel does not let this client in.
+        """
+        refused: asyncio.Future[list[bytes]] = asyncio.get_running_loop().create_future()
+
+        def judge(refusal: KernelRefused | None) -> None:
+            if refusal is not None and not refused.done():
+                refused.set_exception(refusal)
+
+        socket = self._keyed(zmq.SUB)
+        handshakes = Handshakes(socket, self._events_endpoint, self._keys_dir, judge)
         try:
             for topic in topics or ("",):
                 socket.subscribe(topic)
+            socket.connect(self._events_endpoint)
             while True:
-                _topic, payload = await socket.recv_multipart()
+                receiving = asyncio.ensure_future(socket.recv_multipart())
+                await asyncio.wait({receiving, refused}, return_when=asyncio.FIRST_COMPLETED)
+                _topic, payload = await (receiving if receiving.done() else refused)
                 yield unpack(payload)
         finally:
+            refused.cancel()
+            await handshakes.close()
             socket.close(linger=0)
 
-    def _connect(self, kind: int, endpoint: str) -> zmq.asyncio.Socket:
-        socket = self._context.socket(kind)
-        try:
-            socket.curve_serverkey, _ = zmq.auth.load_certificate(self._keys_dir / "kernel.key")
-            public, secret = zmq.auth.load_certificate(self._keys_dir / "client.key_secret")
-        except (OSError, ValueError) as error:
-            socket.close(linger=0)
+    def _keyed(self, kind: int) -> zmq.asyncio.Socket:
+        """Returns a socket with the keys, not yet connected."""
+        kernel, own = self._keys_dir / "kernel.key", self._keys_dir / "client.key_secret"
+        missing = next((path for path in (kernel, own) if not exists(path)), None)
+        if missing is not None:
             raise KernelUnreachable(
                 f"no keys in {self._keys_dir}; a kernel's first start makes them: ./puter.sh",
                 keys_dir=str(self._keys_dir),
-                reason=str(error),
-            ) from None
+                reason=f"no {missing.name}",
+            )
+        public, secret = read_pair(own)
+        socket = self._context.socket(kind)
+        socket.curve_serverkey = read_public(kernel)
         socket.curve_publickey, socket.curve_secretkey = public, secret
-        socket.connect(endpoint)
         return socket
 
     async def _read_replies(self) -> None:
@@ -184,7 +210,13 @@ class Kernel:
                 if waiting is not None and not waiting.done():
                     waiting.set_result(reply)
 
-    def _forsake(self, reason: str) -> None:
+    def _judge(self, refusal: KernelRefused | None) -> None:
+        """Takes what the handshake came to: a refused client need not wait for answers."""
+        self._refusal = refusal
+        if refusal is not None:
+            self._forsake(refusal)
+
+    def _forsake(self, error: BatosError) -> None:
         for waiting in self._waiting.values():
             if not waiting.done():
-                waiting.set_exception(KernelUnreachable(reason, endpoint=self._endpoint))
+                waiting.set_exception(error)

@@ -15,6 +15,7 @@
     │   ├── MissionNotFound
     │   ├── TransactionNotFound
     │   ├── NotUndoable          later transactions build on the one to undo
+    │   ├── KernelRefused        kernel and client do not accept each other's keys; `reason` says which way
     │   └── DoesNotUnderstand    (also an AttributeError) nobody in the delegation chain answers
     ├── RetryLater               nothing is wrong with the request; the same one may succeed later
     │   ├── QueueFull
@@ -116,6 +117,10 @@ class TransactionNotFound(CallerError):
 
 
 class NotUndoable(CallerError):
+    pass
+
+
+class KernelRefused(CallerError):
     pass
 
 
