@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -79,13 +79,14 @@ class Kernel:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; requests under way end as KernelUnreachable."""
+        """Closes the connection; requests under way end as KernelUnreachable; safe to call twice."""
         if self._reader is not None:
             self._reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reader
         if self._handshakes is not None:
             await self._handshakes.close()
+            self._handshakes = None
         self._forsake(KernelUnreachable("the connection was closed", endpoint=self._endpoint))
         self._context.destroy(linger=0)
 
@@ -112,8 +113,7 @@ class Kernel:
                 await self._socket.send(payload)
                 answer = await reply
         except TimeoutError:
-            assert self._handshakes is not None
-            raise self._handshakes.silence() from None
+            raise self._silence() from None
         finally:
             del self._waiting[request_id]
         if not answer["ok"]:
@@ -157,7 +157,7 @@ class Kernel:
         )
         return result
 
-    async def events(self, *topics: str) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, *topics: str) -> AsyncGenerator[dict[str, Any], None]:
         """Yields the kernel's events, of these topics or of all, from the moment of subscription on.
 
         Raises:
@@ -209,6 +209,10 @@ class Kernel:
                 waiting = self._waiting.get(str(reply.get("id")))
                 if waiting is not None and not waiting.done():
                     waiting.set_result(reply)
+
+    def _silence(self) -> BatosError:
+        assert self._handshakes is not None
+        return self._handshakes.silence()
 
     def _judge(self, refusal: KernelRefused | None) -> None:
         """Takes what the handshake came to: a refused client need not wait for answers."""

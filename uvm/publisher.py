@@ -23,7 +23,7 @@ class Publisher:
     """The kernel's end of the events socket.
 
     ZeroMQ asks for a key when a connection is made and never again, and can't cut off one peer of many. So
-    when a key is revoked the socket is closed and opened again: the admitted come back by themselves, and miss
+    when a key is revoked the socket is closed and opened again: the admitted come back by themselves and miss
     what happens in those few tenths of a second.
 
     Args:
