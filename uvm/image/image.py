@@ -19,14 +19,12 @@ import zodburi
 from persistent.mapping import PersistentMapping
 from transaction import TransactionManager
 from zc.lockfile import LockError
-from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
-from ZODB.POSException import ConflictError, POSError, POSKeyError, StateLoadError, UndoError
+from ZODB.POSException import ConflictError, POSError, POSKeyError, UndoError
 
 from uvm.codec import is_oid
 from uvm.errors import (
     Conflict,
-    ForbiddenClass,
     ImageDamaged,
     ImageLocked,
     InvalidField,
@@ -36,6 +34,8 @@ from uvm.errors import (
     TransactionNotFound,
 )
 from uvm.image import allowed, values
+from uvm.image.defused import defuse
+from uvm.image.loading import Database
 from uvm.image.prototypes import UvmObject
 
 SCHEMA = 1
@@ -67,10 +67,8 @@ def _typed_errors(note: str) -> Iterator[None]:
         yield
     except ConflictError as error:
         raise Conflict(f"other transactions kept winning ({error})", note=note) from error
-    except StateLoadError as error:
-        if isinstance(error.__cause__, ForbiddenClass):
-            raise error.__cause__ from None
-        raise ImageDamaged(f"a record can't be read: {error.__cause__ or error}") from error
+    except RecursionError as error:
+        raise ImageDamaged("a value of the image is nested too deeply to be read", note=note) from error
 
 
 class Txn:
@@ -191,11 +189,12 @@ class LivingImage:
             ImageDamaged: the file can't be read.
             ForbiddenClass: the root holds what the allow-list does not know.
         """
+        defuse()
         storage, options = self._storage()
         options |= {"pool_size": POOL_SIZE, "historical_pool_size": POOL_SIZE}
         try:
             with _typed_errors("opening"):
-                self._db = DB(storage, class_factory=allowed.find_class, **options)
+                self._db = Database(storage, **options)
                 self._lay_foundations()
         except BaseException:
             storage.close()

@@ -8,18 +8,32 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
-from typing import Any
+from types import NoneType
+from typing import Any, ClassVar
 
 from persistent import Persistent
 
 from uvm.errors import MissionNotFound
 from uvm.image.image import Txn
+from uvm.image.shapes import Shape, a, names
 
 QUEUED, RUNNING, COMPLETE, FAILED, CANCELLED = "queued", "running", "complete", "failed", "cancelled"
 
 
 class MissionRow(Persistent):
     """A mission as the journal keeps it; `record` says what each field is."""
+
+    _shape: ClassVar[Shape] = {
+        "mission_id": a(str),
+        "target": a(str),
+        "brief": names,
+        "origin": a(str),
+        "state": a(str),
+        "created": a(float),
+        "finished": a(float, NoneType),
+        "starts": a(int),
+        "outcome": names,
+    }
 
     def __init__(self, mission_id: str, target: str, brief: dict[str, Any], origin: str) -> None:
         self.mission_id = mission_id

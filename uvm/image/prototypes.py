@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from types import NoneType
+from typing import Any, ClassVar
 
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
 
 from uvm.errors import DoesNotUnderstand
+from uvm.image.shapes import Shape, a, names, tuple_of
 
 
 class UvmMethod(Persistent):
@@ -30,6 +32,17 @@ class UvmMethod(Persistent):
         trials: plain list of `{args, kwargs, returns | raises, origin}` that this version has passed.
         versions: earlier versions, oldest first, as plain dicts of the attributes above.
     """
+
+    _shape: ClassVar[Shape] = {
+        "selector": a(str),
+        "parameters": tuple_of(str),
+        "source": a(str),
+        "sha256": a(str),
+        "doc": a(str),
+        "provenance": names,
+        "trials": a(list),
+        "versions": tuple_of(dict),
+    }
 
     def __init__(
         self,
@@ -75,6 +88,7 @@ class UvmObject(Persistent):
     """
 
     _own = frozenset({"_slots", "parents", "name"})
+    _shape: ClassVar[Shape]
 
     _slots: PersistentMapping
     parents: tuple[UvmObject, ...]
@@ -153,3 +167,10 @@ class UvmObject(Persistent):
     def data(self) -> dict[str, Any]:
         """Returns this object's own data slots; values are the live ones, not copies."""
         return {name: value for name, value in self._slots.items() if not isinstance(value, UvmMethod)}
+
+
+UvmObject._shape = {
+    "_slots": a(PersistentMapping),
+    "parents": tuple_of(UvmObject),
+    "name": a(str, NoneType),
+}

@@ -10,7 +10,8 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from BTrees.OIBTree import OIBTree
 from persistent import Persistent
 
 from uvm.image.prototypes import UvmObject
+from uvm.image.shapes import Shape, a
 
 Vectors = npt.NDArray[np.float32]
 
@@ -31,6 +33,16 @@ class Chunk(Persistent):
         created: Unix seconds.
         embedding: float32, little-endian, unit length.
     """
+
+    _shape: ClassVar[Shape] = {
+        "text": a(str),
+        "embedding": a(bytes),
+        "kind": a(str),
+        "source": a(str),
+        "persona": a(str, NoneType),
+        "subject": a(str, NoneType),
+        "created": a(float),
+    }
 
     def __init__(
         self, text: str, embedding: bytes, kind: str, source: str, persona: str | None, subject: str | None
@@ -48,6 +60,7 @@ class KnowledgeCatalog(UvmObject):
     """The object that holds the memory; `len` counts its chunks."""
 
     _own = UvmObject._own | {"_chunks", "_keys"}
+    _shape = UvmObject._shape | {"_chunks": a(IOBTree), "_keys": a(OIBTree)}
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
