@@ -14,7 +14,7 @@ set "COMMAND=%~1"
 if not defined COMMAND set "COMMAND=all"
 rem Without outer quotes, so that the quotes of an argument protect what is between them.
 set REST=%*
-for %%C in (all setup kernel client status stop inspect test help) do if /i "%COMMAND%"=="%%C" goto command_%%C
+for %%C in (all setup kernel client status stop inspect key test help) do if /i "%COMMAND%"=="%%C" goto command_%%C
 call :usage 1>&2
 exit /b 2
 
@@ -27,7 +27,9 @@ echo   kernel   watchdog and kernel in this window
 echo   client   the terminal client; options: those of chat_client.py (-c TEXT runs one command)
 echo   status   what the kernel says about itself
 echo   stop     ends watchdog and kernel of this home
-echo   inspect  lists the transactions in the living image (also while the kernel runs)
+echo   inspect  lists the transactions in the living image (also while the kernel runs); runs nothing of it;
+echo            --object NAME for one object
+echo   key      which clients may speak to the kernel: key add NAME, key list, key revoke NAME
 echo   test     style, types and all tests; further arguments go to pytest
 echo   help     this text
 echo.
@@ -103,8 +105,25 @@ if not exist "%IMAGE%" (
     echo error: there is no image file "%IMAGE%"; start the kernel once 1>&2
     exit /b 1
 )
-"%PY%" -m ZODB.FileStorage.fsdump "%IMAGE%"
-exit /b %ERRORLEVEL%
+if defined REST set REST=%REST:*inspect=%
+pushd "%HERE%"
+"%PY%" -m uvm.image.dump "%IMAGE%" %REST%
+set "STATUS=%ERRORLEVEL%"
+popd
+exit /b %STATUS%
+
+:command_key
+call :need_set_up || exit /b 1
+if not exist "%RUN%" mkdir "%RUN%"
+set "KEYS="
+"%PY%" "%HERE%\config.py" KEYS_DIR >"%RUN%\keys.txt" || exit /b 1
+set /p KEYS=<"%RUN%\keys.txt"
+if defined REST set REST=%REST:*key=%
+pushd "%HERE%"
+"%PY%" -m uvm.keys --keys-dir "%KEYS%" %REST%
+set "STATUS=%ERRORLEVEL%"
+popd
+exit /b %STATUS%
 
 :command_test
 call :set_up || exit /b 1

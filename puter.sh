@@ -27,7 +27,9 @@ Usage: ./puter.sh [COMMAND]
   client   the terminal client; options: those of chat_client.py (-c TEXT runs one command)
   status   what the kernel says about itself
   stop     ends watchdog and kernel of this home
-  inspect  lists the transactions in the living image (also while the kernel runs)
+  inspect  lists the transactions in the living image (also while the kernel runs); runs nothing of it;
+           --object NAME for one object
+  key      which clients may speak to the kernel: key add NAME, key list, key revoke NAME
   test     style, types and all tests; further arguments go to pytest
   help     this text
 
@@ -263,9 +265,18 @@ command_inspect() {
     local image
     need_set_up
     image=$("$PY" "$HERE/config.py" DB_FILE)
-    case $image in *://*) die "$image is no file; fsdump reads image files only" ;; esac
+    case $image in *://*) die "$image is no file; only image files can be listed" ;; esac
     [ -f "$image" ] || die "there is no living image at $image yet; start the kernel once"
-    exec "$PY" -m ZODB.FileStorage.fsdump "$image"
+    cd "$HERE"
+    exec "$PY" -m uvm.image.dump "$image" "$@"
+}
+
+command_key() {
+    local keys
+    need_set_up
+    keys=$("$PY" "$HERE/config.py" KEYS_DIR)
+    cd "$HERE"
+    exec "$PY" -m uvm.keys --keys-dir "$keys" "$@"
 }
 
 command_test() {
@@ -291,7 +302,7 @@ check() {
 }
 
 case ${1:-all} in
-    all | setup | kernel | client | status | stop | inspect | test)
+    all | setup | kernel | client | status | stop | inspect | key | test)
         command=${1:-all}
         if [ $# -gt 0 ]; then shift; fi
         "command_$command" "$@"

@@ -33,7 +33,11 @@ CLIENT = """
         raise SystemExit("no kernel")
     print("status: live" if sys.argv[1:] == ["-c", "/status"] else f"client {sys.argv[1:]}")
 """
-CONFIG = "import os; print(os.path.join(os.environ['BATOS_HOME'], 'live_image.fs'))"
+CONFIG = """
+    import os, sys
+    names = {"DB_FILE": "live_image.fs", "KEYS_DIR": "keys"}
+    print(os.path.join(os.environ["BATOS_HOME"], names[sys.argv[1]]))
+"""
 MODELS = "import sys; print('looking for models', *sys.argv[1:])"
 TERMINAL = """\
 #!/bin/sh
@@ -55,6 +59,8 @@ class Project:
         self.write("chat_client.py", CLIENT)
         self.write("config.py", CONFIG)
         self.write("uvm/mind/assets.py", MODELS)
+        for name in ("errors.py", "keyfiles.py", "keys.py", "image/dump.py"):
+            self.write(f"uvm/{name}", (ROOT / "uvm" / name).read_text(encoding="utf-8"))
         self.write("requirements.txt", "")
         self.write("requirements-dev.txt", "")
         self.write_program("venv/bin/python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
@@ -183,14 +189,33 @@ def test_inspect_reads_an_image_that_is_open(project: Project) -> None:
     with database.transaction("the first note") as connection:
         connection.root()["key"] = "value"
     result = project.puter("inspect")
-    database.close()
     assert result.returncode == 0
     assert "description=b'the first note'" in result.stdout
+    assert project.puter("inspect", "--object", "nobody").returncode == 1
+    assert "the first note" in project.puter("inspect", "--oid", "0").stdout
+    database.close()
+
+
+def test_keys_come_and_go(project: Project) -> None:
+    project.puter("setup")
+    added = project.puter("key", "add", "ada")
+    assert (added.returncode, added.stderr) == (0, "")
+    carried = project.home / "keys" / "carry" / "ada"
+    assert str(carried) in added.stdout
+    assert {path.name for path in carried.iterdir()} == {"client.key_secret", "kernel.key"}
+    listed = project.puter("key", "list").stdout.splitlines()
+    assert [line.split()[0] for line in listed] == ["ada", "client"]
+    refused = project.puter("key", "add", "../ada")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "revoked" in project.puter("key", "revoke", "ada").stdout
+    assert not carried.exists()
+    assert project.puter("key", "revoke", "client").returncode == 1
+    assert project.puter("key").returncode == 2
 
 
 def test_commands_that_need_a_set_up_say_so(project: Project) -> None:
     shutil.rmtree(project.folder / "venv")
-    for command in ("status", "stop", "inspect"):
+    for command in ("status", "stop", "inspect", "key"):
         result = project.puter(command)
         assert (result.returncode, result.stdout) == (1, "")
         assert "run: ./puter.sh setup" in result.stderr
