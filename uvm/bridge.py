@@ -118,7 +118,9 @@ class Bridge:
         *envelope, payload = frames
         try:
             if not self._clients.allows(key):
-                raise KernelRefused("this key was revoked; on the kernel's machine: ./puter.sh key add NAME")
+                raise KernelRefused(
+                    "this key was revoked; on the kernel's machine: ./puter.sh key add NAME", reason="revoked"
+                )
             self._admission.enter(envelope[0], len(payload))
         except BatosError as refusal:
             self._send(envelope, pack_error(_id_of(payload), refusal))
