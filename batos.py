@@ -42,6 +42,7 @@ from uvm.psm import PrototypalStateMachine
 CODEX = PROJECT / "codex"
 EXIT_CANNOT_START = 2
 GRACE_S = 3.0
+MAX_DESCRIPTORS = 65_536
 USER = "architect"
 
 
@@ -129,6 +130,7 @@ class Kernel:
         closing.append(self._mind.close)
         if await awaken(self._image):
             say("Prototypal awakening: the primordial objects are born")
+        _admit_many_connections()
         for line in ensure_keys(settings.KEYS_DIR):
             say(line)
         await self._bridge.start()
@@ -296,6 +298,16 @@ class Kernel:
     async def _shutdown(self, _: m.Shutdown) -> Any:
         asyncio.get_running_loop().call_later(0.05, self.stop)  # the reply first
         return {"pid": os.getpid()}
+
+
+def _admit_many_connections() -> None:
+    """Takes as many descriptors as the system gives: each connection is one, a stranger's too for a while."""
+    if sys.platform != "win32":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _embedder(settings: Settings) -> Embedder:

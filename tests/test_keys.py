@@ -1,5 +1,6 @@
 """Keys on disk: made, admitted, revoked, refused; what is wrong with them is said with the file's name."""
 
+import errno
 import os
 import stat
 import threading
@@ -230,8 +231,21 @@ def test_the_list_follows_the_folder(home: Path) -> None:
         assert allowed.allows(local)
         assert allowed.revocations == before + 1
     assert not allowed.allows("")
+    refuse = OSError(errno.EMFILE, "Too many open files")
+
+    def raises(_: Path) -> list[Path]:
+        raise refuse
+
+    with pytest.MonkeyPatch.context() as patch:
+        keys.add_client(home, "bob")
+        patch.setattr(keys, "listed", raises)
+        before = allowed.revocations
+        assert allowed.allows(local)  # no room to read is no revocation
+        assert allowed.revocations == before
+    assert faults == [refuse]
+    assert allowed.allows(keys.clients(home)["bob"])
     (home / "clients").rename(home / "gone")
     assert not allowed.allows(local)
     (home / "gone").rename(home / "clients")
     assert allowed.allows(local)
-    assert faults == []
+    assert faults == [refuse]

@@ -480,6 +480,30 @@ async def test_a_client_that_never_reads_fills_nobodys_memory(start_kernel: Star
         assert (await kernel.request("ping"))["pid"] == process.pid
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+async def test_a_kernel_without_descriptors_keeps_its_clients(start_kernel: Start, tmp_path: Path) -> None:
+    import resource
+
+    process = start_kernel(scripted(tmp_path, []))
+    port = int(process.environment["BATOS_ZMQ_ENDPOINT"].rpartition(":")[2])
+    async with process.client() as kernel:
+        held = len(os.listdir(f"/proc/{process.pid}/fd"))
+        before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (held + 20, before[1]))
+        idle = []
+        with contextlib.suppress(OSError):
+            for _ in range(60):
+                idle.append(sockets.create_connection(("127.0.0.1", port), timeout=0.5))
+        (process.home / "keys" / "clients").touch()  # as if a key had come or gone
+        assert (await kernel.request("ping", timeout_s=20))["pid"] == process.pid
+        for connection in idle:
+            connection.close()
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+    async with process.client() as kernel:
+        await kernel.request("create_object", name="later_obj")
+
+
 async def test_connections_that_say_nothing_keep_nobody_out(house: House) -> None:
     port = int(house.endpoint.rpartition(":")[2])
     idle = [sockets.create_connection(("127.0.0.1", port)) for _ in range(200)]

@@ -6,6 +6,7 @@ Used by the kernel and by clients; knows no other organ.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -21,6 +22,7 @@ from zmq.utils import z85
 from uvm.errors import HomeError
 
 MAX_KEY_FILE = 16_384  # bytes
+STARVED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}  # nothing is wrong with the file
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -29,6 +31,7 @@ def read_public(path: Path) -> bytes:
 
     Raises:
         HomeError: it is missing, torn, or no regular file.
+        OSError: the system has no room to read it now.
     """
     return _load(path)[0]
 
@@ -142,6 +145,8 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
             raise _damaged(path, "is no key file (a link, a folder, or too large)")
         public, secret = zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in STARVED:
+            raise
         reason = error.strerror if isinstance(error, OSError) else "it holds no key"
         raise _damaged(path, f"can't be read ({reason})") from None
     if not _is_key(public):

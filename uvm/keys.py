@@ -158,31 +158,38 @@ class AllowedClients:
         except OSError:
             stamp = -1
         if stamp != self._stamp or not self._settled:
-            self._stamp = stamp
             self._settled = time.time_ns() - stamp > _SETTLED_NS
-            self._read()
+            self._stamp = stamp if self._read() else -1
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Answers pyzmq's authenticator at each handshake; reads the folder whatever its time says."""
         self._read()
         return key.decode("ascii") in self._names
 
-    def _read(self) -> None:
-        before, self._names = self._names, {}
+    def _read(self) -> bool:
+        """Returns whether the folder could be read; where the system has no room for that, the list stays."""
+        names: dict[str, str] = {}
         try:
             for path in listed(self._folder):
-                self._read_one(path)
+                self._read_one(path, names)
         except OSError as error:
-            self._report(error)
-        self.revocations += bool(before.keys() - self._names.keys())
+            self._tell(error)
+            return False
+        self.revocations += bool(self._names.keys() - names.keys())
+        self._names = names
+        return True
 
-    def _read_one(self, path: Path) -> None:
+    def _read_one(self, path: Path, names: dict[str, str]) -> None:
         try:
-            self._names[read_public(path).decode("ascii")] = path.stem
+            names[read_public(path).decode("ascii")] = path.stem
         except HomeError as error:
-            if exists(path) and str(error) not in self._told:  # else it was revoked in between
-                self._told.add(str(error))
-                self._report(error)
+            if exists(path):  # else it was revoked in between
+                self._tell(error)
+
+    def _tell(self, error: HomeError | OSError) -> None:
+        if str(error) not in self._told:
+            self._told.add(str(error))
+            self._report(error)
 
 
 def _public(keys_dir: Path, name: str) -> Path:
