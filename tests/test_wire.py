@@ -28,7 +28,7 @@ from uvm.client import Kernel
 from uvm.errors import BatosError, HomeError, KernelRefused, KernelUnreachable, QueueFull
 from uvm.keyfiles import read_pair, read_public
 from uvm.listening import reaches_beyond
-from uvm.messages import Command, pack_request
+from uvm.messages import Command, pack_request, unpack
 
 WITHIN_S = 3.0  # a refused client must know by then
 MAX_BYTES = 100_000
@@ -502,6 +502,20 @@ async def test_a_kernel_without_descriptors_keeps_its_clients(start_kernel: Star
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
     async with process.client() as kernel:
         await kernel.request("create_object", name="later_obj")
+
+
+async def test_a_message_of_many_frames_is_answered_once(house: House) -> None:
+    client = house.client()
+    socket = client._keyed(zmq.DEALER)
+    socket.connect(house.endpoint)
+    request = pack_request("1", "set_slot", {"target_oid": "x", "slot": "y", "value": 1})
+    for frames in ([b"", b"", request], [b"x", request], [request] * 10_000):
+        await socket.send_multipart(frames)
+        async with asyncio.timeout(WITHIN_S):
+            (answer,) = await socket.recv_multipart()
+        assert unpack(answer)["error"]["type"] == "MalformedMessage"
+    assert house.counter == 0
+    socket.close(linger=0)
 
 
 async def test_connections_that_say_nothing_keep_nobody_out(house: House) -> None:

@@ -114,8 +114,14 @@ class Bridge:
                 self._report(error)
 
     def _take(self, frames: list[bytes], key: str) -> None:
-        """Begins to answer one message of the client with this key, or refuses it at once."""
+        """Begins to answer one message of the client with this key, or refuses it at once.
+
+        A message is `[identity, payload]` of a DEALER, or `[identity, "", payload]` of a REQ.
+        """
         *envelope, payload = frames
+        if len(envelope) not in (1, 2) or (len(envelope) == 2 and envelope[1]):
+            self._send(frames[:1], pack_error(None, MalformedMessage("a request is one frame")))
+            return
         try:
             if not self._clients.allows(key):
                 raise KernelRefused(
@@ -131,9 +137,9 @@ class Bridge:
         task.add_done_callback(lambda _: self._admission.leave(envelope[0], len(payload)))
 
     async def _answer(self, envelope: list[bytes], payload: bytes) -> None:
-        """Answers one message: `[identity, payload]` of a DEALER, or `[identity, "", payload]` of a REQ."""
+        """Answers one message, and waits for a client that does not read."""
         try:
-            reply = await self._reply(envelope, payload)
+            reply = await self._reply(payload)
         except asyncio.CancelledError:
             self._send(envelope, pack_error(_id_of(payload), ShuttingDown("the kernel is shutting down")))
             raise
@@ -154,9 +160,7 @@ class Bridge:
                 self._report(error)
         return True
 
-    async def _reply(self, envelope: list[bytes], payload: bytes) -> bytes:
-        if len(envelope) not in (1, 2) or (len(envelope) == 2 and envelope[1]):
-            return pack_error(None, MalformedMessage("a request is one frame"))
+    async def _reply(self, payload: bytes) -> bytes:
         request_id: str | int | None = None
         try:
             request = parse_request(payload)
