@@ -40,7 +40,7 @@ from uvm.hands.zygote import Hand, HandGone, Zygote
 
 _READY_S = 30.0  # a worker that takes longer to lock itself down is given up
 _TRIES = 3  # workers that may be found dead before one reads the job
-_STOCK = 12  # workers kept ready beside one for each call that may run at once
+STOCK = 12  # workers kept ready beside one for each call that may run at once
 _RENEW_S = 0.03  # a burst of calls is not slowed by the making of new workers before this is over
 
 # A frame's kind and payload -> the reply, at once or later; None for a last frame.
@@ -349,7 +349,7 @@ class HandPool:
         if self._zygote is not None and self._zygote.alive:
             self._zygote.end(self._done)
             self._done.clear()
-            self._spares.extend(self._zygote.fork(self._count + _STOCK - len(self._spares)))
+            self._spares.extend(self._zygote.fork(self._count + STOCK - len(self._spares)))
 
 
 async def _off_the_clock(clock: asyncio.Timeout, reply: Awaitable[bytes]) -> bytes:
