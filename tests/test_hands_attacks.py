@@ -25,6 +25,7 @@ from uvm.errors import (
     HomeError,
     MethodRaised,
     QueueFull,
+    SandboxTooWeak,
     ShuttingDown,
     ValueNotStorable,
 )
@@ -37,6 +38,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT_BYTES = 1 << 20
+WALLS = ("seccomp", "landlock", "namespaces")
 FINE = "def fine(self):\n    return 'fine'"
 
 
@@ -51,8 +53,15 @@ async def pool() -> AsyncIterator[HandPool]:
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def unwalled() -> AsyncIterator[Garden]:
     """Hands without the walls that would stop a method before it can do what a test wants to see ended."""
-    without = ("seccomp", "descriptors", "landlock", "namespaces", "processes")
-    pool = HandPool(count=2, timeout_s=30.0, memory_mib=128, output_bytes=OUTPUT_BYTES, without=without)
+    without = (*WALLS, "descriptors", "processes")
+    pool = HandPool(
+        count=2,
+        timeout_s=30.0,
+        memory_mib=128,
+        output_bytes=OUTPUT_BYTES,
+        allow_weak=True,
+        without=without,
+    )
     await pool.start()
     yield Garden(pool)
     await pool.close()
@@ -287,7 +296,7 @@ async def test_endless_questions_end(garden: Garden) -> None:
 
 async def test_a_hand_holds_nothing_of_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BATOS_SECRET", "open sesame")
-    pool = HandPool(count=1, timeout_s=5.0, memory_mib=128, without=("seccomp", "landlock", "namespaces"))
+    pool = HandPool(count=1, timeout_s=5.0, memory_mib=128, allow_weak=True, without=WALLS)
     source = """def f(self):
     import random
     os, modules = random._os, random._os.sys.modules
@@ -317,7 +326,7 @@ async def test_the_layers_are_tried_out_and_told(pool: HandPool) -> None:
 # Without `no_new_privileges` the system lets nobody install a filter.
 @pytest.mark.parametrize("layer", [name for name in sandbox.NAMES if name != "no_new_privileges"])
 async def test_a_layer_left_out_is_seen_to_be_missing(layer: str) -> None:
-    pool = HandPool(count=1, timeout_s=5.0, memory_mib=128, without=[layer])
+    pool = HandPool(count=1, timeout_s=5.0, memory_mib=128, allow_weak=True, without=[layer])
     await pool.start()
     try:
         missing = {name for name, holds in pool.layers.items() if not holds}
@@ -327,6 +336,17 @@ async def test_a_layer_left_out_is_seen_to_be_missing(layer: str) -> None:
         assert missing == expected
         assert pool.tier == ("C" if layer == "seccomp" else "B" if missing else "A")
         assert (await Garden(pool).do(FINE)).result == "fine"
+    finally:
+        await pool.close()
+
+
+async def test_without_a_sandbox_nothing_generated_runs() -> None:
+    pool = HandPool(count=1, timeout_s=5.0, memory_mib=128, without=["seccomp"])
+    await pool.start()
+    try:
+        with pytest.raises(SandboxTooWeak, match="ALLOW_WEAK_SANDBOX"):
+            await Garden(pool).do(FINE)
+        assert (await pool.audit(FINE, "fine", [])).ok
     finally:
         await pool.close()
 
