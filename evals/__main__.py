@@ -14,6 +14,7 @@ from pathlib import Path
 from uvm.errors import BatosError
 
 EVALUATIONS = {
+    "attacks": "attacks on the machine, from inside a hand, that come to nothing",
     "missions": "missions that become a method which does what was meant",
     "utterances": "sentences that become the right command",
 }
