@@ -22,6 +22,7 @@ from ZODB.FileStorage import FileStorage
 
 from uvm import codec
 from uvm.errors import Conflict, ForbiddenClass, ImageDamaged, NotUndoable, ValueNotStorable
+from uvm.image import defused
 from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmMethod, UvmObject
 
@@ -439,6 +440,12 @@ def test_a_forged_index_runs_nothing(forge: Forge) -> None:
     index.write_bytes(evil)
     stock(forge, "ZODB.DB(file)")
     assert forge.canary.exists()
+
+
+def test_a_zodb_that_was_not_looked_into_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(defused._REPLACED, ("ZODB.utils", "reads_pickles_anew"), print)
+    with pytest.raises(AttributeError):
+        LivingImage.in_memory().open()
 
 
 def test_packing_runs_nothing(forge: Forge) -> None:

@@ -16,7 +16,8 @@ LAYERS = [
     {"uvm.cycle"},
     {"uvm.psm"},
     {"uvm.missions", "uvm.objects", "uvm.awakening"},
-    {"uvm.admission", "uvm.listening", "uvm.publisher"},
+    {"uvm.admission", "uvm.listening"},
+    {"uvm.publisher"},
     {"uvm.bridge"},
 ]
 ORGANS = {organ: level for level, organs in enumerate(LAYERS) for organ in organs}

@@ -27,7 +27,7 @@ from uvm.bridge import Bridge
 from uvm.client import Kernel
 from uvm.errors import BatosError, HomeError, KernelRefused, KernelUnreachable, QueueFull
 from uvm.keyfiles import read_pair, read_public
-from uvm.listening import reaches_beyond
+from uvm.listening import BATCH, reaches_beyond, received
 from uvm.messages import Command, pack_request, unpack
 
 WITHIN_S = 3.0  # a refused client must know by then
@@ -373,6 +373,26 @@ async def test_one_connection_can_not_take_all_the_room(
         await until(lambda: all(task.done() for task in asked))
         assert sum(task.exception() is None for task in asked) == 5
         assert await greedy.request("ping", timeout_s=WITHIN_S) == 0
+
+
+async def test_a_flood_lets_others_run_in_between() -> None:
+    order: list[str] = []
+
+    async def other() -> None:
+        order.append("other")
+
+    with zmq.asyncio.Context() as context, context.socket(zmq.PULL) as pull, context.socket(zmq.PUSH) as push:
+        pull.bind("inproc://flood")
+        push.connect("inproc://flood")
+        for _ in range(200):
+            await push.send(b"x")
+        waiting = asyncio.create_task(other())
+        async for _ in received(pull):
+            order.append("message")
+            if len(order) > 200:
+                break
+        await waiting
+    assert order.index("other") <= BATCH
 
 
 def test_what_is_under_way_is_counted_in_requests_and_bytes() -> None:

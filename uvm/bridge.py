@@ -20,7 +20,7 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from uvm.admission import Admission
 from uvm.errors import BatosError, KernelRefused, MalformedMessage, ShuttingDown
 from uvm.keys import AllowedClients
-from uvm.listening import LINGER_MS, Limits, listen
+from uvm.listening import LINGER_MS, Limits, listen, received
 from uvm.messages import Command, Rejected, pack_error, pack_result, parse_request
 from uvm.publisher import Publisher
 
@@ -106,8 +106,7 @@ class Bridge:
         return self._listen(zmq.XPUB, self._events_endpoint, EVENTS, EVENTS)
 
     async def _read_requests(self) -> None:
-        while True:
-            frames = await self._router.recv_multipart(copy=False)
+        async for frames in received(self._router):
             try:
                 self._take([frame.bytes for frame in frames], _key_of(frames[-1]))
             except Exception as error:  # one message must not make the kernel deaf

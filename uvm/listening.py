@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,15 @@ from uvm.keyfiles import read_pair
 
 HANDSHAKE_MS = 5000  # who has not said who he is by then is cut off
 LINGER_MS = 200
+BATCH = 16  # messages read in a row
+
+
+async def received(socket: zmq.asyncio.Socket) -> AsyncIterator[list[zmq.Frame]]:
+    """Yields messages for ever, and lets others run in between: where one waits, `recv` itself does not."""
+    while True:
+        for _ in range(BATCH):
+            yield await socket.recv_multipart(copy=False)
+        await asyncio.sleep(0)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import zmq.asyncio
 
 from uvm.errors import BatosError, HomeError
 from uvm.keys import AllowedClients
+from uvm.listening import received
 from uvm.messages import pack_event
 
 MAX_TOPICS = 256
@@ -92,9 +93,8 @@ class Publisher:
     async def _read_subscriptions(self) -> None:
         """Keeps the topics that somebody subscribed to, so that nothing is packed for nobody."""
         assert self._socket is not None
-        while True:
-            message = await self._socket.recv()
-            kind, topic = message[:1], message[1:]
+        async for frame, *_ in received(self._socket):
+            kind, topic = frame.bytes[:1], frame.bytes[1:]
             if kind == b"\x00":
                 self._topics.discard(topic)
             elif kind == b"\x01" and len(topic) <= MAX_TOPIC_BYTES:  # no event has a longer name
