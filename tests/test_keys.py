@@ -170,6 +170,13 @@ def test_a_pair_of_two_halves_is_refused(home: Path, tmp_path: Path) -> None:
         keys.ensure_keys(home)
 
 
+def test_the_keys_of_another_kernel_are_told_apart(home: Path, tmp_path: Path) -> None:
+    keys.ensure_keys(tmp_path / "other")
+    (home / "kernel.key").write_bytes((tmp_path / "other" / "kernel.key").read_bytes())
+    with pytest.raises(HomeError, match="not the public half"):
+        keys.ensure_keys(home)
+
+
 @needs_modes
 @pytest.mark.parametrize("name", ["kernel.key_secret", "client.key_secret"])
 @pytest.mark.parametrize("bits", [0o640, 0o604, 0o620])

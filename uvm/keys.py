@@ -59,9 +59,13 @@ def ensure_keys(keys_dir: Path) -> list[str]:
             make_pair(keys_dir, kernel, keys_dir / "kernel.key")
         if not exists(local):
             make_pair(keys_dir, local, keys_dir / "client.key", _public(keys_dir, LOCAL))
-    for secret in (kernel, local):
-        read_pair(secret)
-    for public in (keys_dir / "kernel.key", *listed(keys_dir / "clients")):
+    read_pair(local)
+    if read_public(keys_dir / "kernel.key") != read_pair(kernel)[0]:
+        raise HomeError(
+            f"{keys_dir / 'kernel.key'} is not the public half of {kernel}; restore one of them from a copy",
+            path=str(kernel),
+        )
+    for public in listed(keys_dir / "clients"):
         read_public(public)
     return mended
 

@@ -86,7 +86,7 @@ class Publisher:
         while self._socket is None:
             try:
                 self._socket = self._listen()
-            except HomeError:  # libzmq closes the old socket in a thread of its own
+            except (HomeError, OSError, zmq.ZMQError):  # libzmq closes the old one in a thread of its own
                 await asyncio.sleep(RETRY_S)
         await self._read_subscriptions()
 
