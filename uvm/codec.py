@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -27,8 +27,9 @@ MAX_DEPTH = 64
 
 _BIG_INT, _COMPLEX, _TUPLE, _SET, _FROZENSET, _DICT = 1, 2, 3, 4, 5, 6
 _DATETIME, _DATE, _TIME, _TIMEDELTA, _TIMEZONE = 7, 8, 9, 10, 11
-_DECIMAL, _FRACTION, _REF, _SURROGATES = 12, 13, 14, 15
+_DECIMAL, _FRACTION, REF, _SURROGATES = 12, 13, 14, 15
 
+_CONTAINERS = frozenset({list, tuple, set, frozenset})
 _OPTIONS = ormsgpack.OPT_PASSTHROUGH_TUPLE | ormsgpack.OPT_PASSTHROUGH_DATETIME
 _SENTINEL = os.urandom(16)
 _TAIL = b"\xc4\x10" + _SENTINEL
@@ -70,6 +71,21 @@ def decode(data: bytes) -> Any:
         raise MalformedMessage("bytes follow the end of the value")
     _check_depth(value, 0)
     return value
+
+
+def references(value: Any) -> Iterator[str]:
+    """Yields the oid of each `Ref` in a plain value, keys included."""
+    stack = [value]
+    while stack:
+        part = stack.pop()
+        kind = type(part)
+        if kind is Ref:
+            yield part.oid
+        elif kind is dict:
+            stack.extend(part)
+            stack.extend(part.values())
+        elif kind in _CONTAINERS:
+            stack.extend(part)
 
 
 def matches(expected: Any, got: Any) -> bool:
@@ -213,7 +229,7 @@ _FLATTEN: dict[type, Callable[[Any, int], Any]] = {
     Fraction: lambda value, depth: _ext(
         _FRACTION, [_flat_int(value.numerator, depth), _flat_int(value.denominator, depth)]
     ),
-    Ref: lambda value, depth: Ext(_REF, value.oid.encode()),
+    Ref: lambda value, depth: Ext(REF, value.oid.encode()),
 }
 
 
@@ -274,7 +290,7 @@ _BUILD: dict[int, Callable[[bytes], Any]] = {
     _TIMEZONE: _build_timezone,
     _DECIMAL: lambda payload: Decimal(payload.decode("ascii")),
     _FRACTION: lambda payload: Fraction(*_inner(payload)),
-    _REF: _build_ref,
+    REF: _build_ref,
     _SURROGATES: lambda payload: payload.decode("utf-8", "surrogatepass"),
 }
 

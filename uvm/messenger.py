@@ -35,10 +35,9 @@ class TxnHost:
         except ObjectNotFound:
             return None
 
-    def find(self, name: str) -> str | None:
-        """Returns the oid of the object of this name, or None."""
-        found = self._txn.names.get(name)
-        return None if found is None else found.oid
+    def taken(self, name: str) -> bool:
+        """Returns whether an object has this name."""
+        return name in self._txn.names
 
 
 def view_of(txn: Txn, target: UvmObject) -> ObjectView:

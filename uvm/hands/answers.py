@@ -1,7 +1,7 @@
 """What a hand hands in, checked: frames become an `Outcome`, an `Audit` or an error of the tree.
 
 The kernel trusts nothing that comes back: keys and types are exact, a hand can write only objects that it
-was shown or made. Kernel's side; no I/O here.
+was shown or made, and refer only to what it can reach. Kernel's side; no I/O here.
 """
 
 from __future__ import annotations
@@ -9,22 +9,24 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Any
 
-from uvm.codec import decode, is_oid
+from uvm.codec import REF, decode, is_oid, references
 from uvm.errors import DoesNotUnderstand, MalformedMessage, MethodRaised, ValueNotStorable
 from uvm.guardian import Audit, Finding
 from uvm.hands.calls import Created, Outcome, SlotChanges
 from uvm.hands.frames import MAX_PRINTED
 from uvm.hands.natives import MAX_NAME, is_public
+from uvm.hands.shown import Shown
 
 MAX_TEXT = 4000  # characters of an error's text, or of a line of its traceback
 MAX_LINES = 50
+_REF_CODE = bytes([REF])  # without this byte there is no reference in encoded data
 
 
-def returned(payload: Any, shown: Set[str], seconds: float) -> Outcome:
+def returned(payload: Any, shown: Shown, seconds: float) -> Outcome:
     """Returns the outcome of a `returned` frame.
 
     Args:
-        shown: oids of the objects that the hand may change.
+        shown: what the hand may refer to and change.
 
     Raises:
         MalformedMessage: the payload is not what an honest hand sends.
@@ -34,11 +36,13 @@ def returned(payload: Any, shown: Set[str], seconds: float) -> Outcome:
     )
     _demand(len(printed) <= MAX_PRINTED, "too much print")
     made = _created(created, shown)
-    known = shown | {new.oid for new in made}
-    _demand(writes.keys() | discarded.keys() <= known, "a change of an object that it was not shown")
+    new = {one.oid for one in made}
+    _demand(
+        writes.keys() | discarded.keys() <= shown.objects | new, "a change of an object that it was not shown"
+    )
     return Outcome(
-        result=decode(result),
-        writes={oid: _changes(changes) for oid, changes in writes.items()},
+        result=_value(result, shown, new),
+        writes={oid: _changes(changes, shown, new) for oid, changes in writes.items()},
         created=made,
         discarded={oid: tuple(_texts(slots)) for oid, slots in discarded.items()},
         printed=printed,
@@ -57,7 +61,7 @@ def raised(payload: Any) -> MethodRaised:
     )
 
 
-def missed(payload: Any, shown: Set[str]) -> DoesNotUnderstand:
+def missed(payload: Any, shown: Shown) -> DoesNotUnderstand:
     """Returns the error of a `missed` frame; what is not known of the message is None."""
     message, target, selector, parameters, call = _fields(
         payload,
@@ -67,8 +71,9 @@ def missed(payload: Any, shown: Set[str]) -> DoesNotUnderstand:
         parameters=(list, type(None)),
         call=(bytes, type(None)),
     )
-    _demand(target in shown and selector.isidentifier(), "a miss of no message to an object that it knows")
-    args, kwargs = _call(decode(call)) if call is not None else (None, None)
+    known = target in shown.objects and selector.isidentifier()
+    _demand(known, "a miss of no message to an object that it knows")
+    args, kwargs = _call(_value(call, shown, set())) if call is not None else (None, None)
     return DoesNotUnderstand(
         message[:MAX_TEXT],
         target=target,
@@ -121,23 +126,32 @@ def _texts(value: Any) -> list[str]:
     return list(value)
 
 
-def _created(rows: list[Any], shown: Set[str]) -> tuple[Created, ...]:
+def _value(data: bytes, shown: Shown, new: Set[str]) -> Any:
+    """Returns a value whose references lead to what the hand can reach or has made."""
+    value = decode(data)
+    if _REF_CODE in data:
+        known = all(oid in new or shown.reaches(oid) for oid in references(value))
+        _demand(known, "a reference to an object that it can't reach")
+    return value
+
+
+def _created(rows: list[Any], shown: Shown) -> tuple[Created, ...]:
     made: dict[str, Created] = {}
     for number, row in enumerate(rows, 1):
         oid, name, parents = _items(row, str, str, list)
         _demand(oid == f"new:{number}" and is_public(name) and not is_oid(name), "an object of no name")
-        _demand(
-            bool(parents) and set(_texts(parents)) <= shown | made.keys(), "parents that it was not shown"
-        )
+        known = bool(parents) and set(_texts(parents)) <= shown.objects | made.keys()
+        _demand(known, "parents that it was not shown")
         made[oid] = Created(oid, name, tuple(parents))
     return tuple(made.values())
 
 
-def _changes(value: Any) -> SlotChanges:
+def _changes(value: Any, shown: Shown, new: Set[str]) -> SlotChanges:
     assigned, deleted = _items(value, dict, list)
     _demand(all(type(data) is bytes for data in assigned.values()), "a slot without a value")
     _demand(all(map(is_public, [*assigned, *_texts(deleted)])), "a name that no slot can have")
-    return SlotChanges({slot: decode(data) for slot, data in assigned.items()}, tuple(deleted))
+    values = {slot: _value(data, shown, new) for slot, data in assigned.items()}
+    return SlotChanges(values, tuple(deleted))
 
 
 def _call(value: Any) -> list[Any]:

@@ -33,8 +33,8 @@ class Host(Protocol):
     def view(self, oid: str) -> ObjectView | None:
         """Returns the object of this oid, or None where there is none."""
 
-    def find(self, name: str) -> str | None:
-        """Returns the oid of the object of this name, or None where there is none."""
+    def taken(self, name: str) -> bool:
+        """Returns whether an object has this name; a hand learns no more of it."""
 
 
 @dataclass(frozen=True, slots=True)

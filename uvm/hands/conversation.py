@@ -13,6 +13,7 @@ from uvm.codec import encode, is_oid
 from uvm.errors import MalformedMessage, ObjectNotFound
 from uvm.hands.calls import Call, Host, ObjectView
 from uvm.hands.frames import pack
+from uvm.hands.shown import Shown
 
 MAX_QUESTIONS = 10_000  # of one call
 MAX_VIEW = 256 << 10  # bytes of slots that travel with a view; the larger ones are asked for
@@ -22,20 +23,21 @@ class Conversation:
     """What the kernel tells one hand.
 
     Attributes:
-        shown: oids of the objects that the hand has seen, which are those that it may change.
+        shown: what the hand has been sent, and so what it may refer to and change.
     """
 
     def __init__(self, call: Call, host: Host, overlay: Mapping[str, str] | None = None) -> None:
-        self.shown: set[str] = set()
+        self.shown = Shown()
+        self.shown.hold([call.args, call.kwargs])
         self._call = call
         self._host = host
         self._overlay = overlay or {}
-        self._large: dict[tuple[str, str], bytes] = {}
+        self._large: dict[tuple[str, str], tuple[bytes, Any]] = {}
         self._questions = 0
         self._answers: dict[str, Callable[[Any], Any]] = {
             "view": self._view,
             "slot": self._slot,
-            "find": self._find,
+            "taken": self._taken,
         }
 
     def job(self, cpu_s: int) -> bytes:
@@ -87,10 +89,10 @@ class Conversation:
                     stack.extend(reversed(view.parents))
 
     def _show(self, view: ObjectView) -> dict[str, Any]:
-        self.shown.add(view.oid)
         slots = {slot: encode(value) for slot, value in view.slots.items()}
         large = _large(slots)
-        self._large |= {(view.oid, slot): slots.pop(slot) for slot in large}
+        self._large |= {(view.oid, slot): (slots.pop(slot), view.slots[slot]) for slot in large}
+        self.shown.add(view.oid, view.parents, [view.slots[slot] for slot in slots])
         return {
             "name": view.name,
             "parents": list(view.parents),
@@ -100,23 +102,27 @@ class Conversation:
         }
 
     def _view(self, oid: Any) -> dict[str, Any] | None:
-        if type(oid) is not str or not is_oid(oid) or oid in self.shown:
+        if type(oid) is not str or not is_oid(oid) or oid in self.shown.objects:
             raise MalformedMessage("a question for an object that it has, or for no object")
+        if not self.shown.reaches(oid):
+            raise MalformedMessage("a question for an object that it can't reach")
         view = self._host.view(oid)
         return None if view is None else self._show(view)
 
     def _slot(self, place: Any) -> bytes:
         if type(place) is not list or [type(part) for part in place] != [str, str]:
             raise MalformedMessage("a question for no slot")
-        value = self._large.pop((place[0], place[1]), None)
-        if value is None:
+        found = self._large.pop((place[0], place[1]), None)
+        if found is None:
             raise MalformedMessage("a question for a slot that it has")
-        return value
+        data, value = found
+        self.shown.hold(value)
+        return data
 
-    def _find(self, name: Any) -> str | None:
+    def _taken(self, name: Any) -> bool:
         if type(name) is not str:
             raise MalformedMessage("a question for no name")
-        return self._host.find(name)
+        return self._host.taken(name)
 
 
 def _large(slots: dict[str, bytes]) -> list[str]:

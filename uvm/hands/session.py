@@ -243,7 +243,7 @@ class Session:
             raise ValueError(
                 f"an object's name is an identifier without leading underscore, not {name!r:.40}"
             )
-        if name in self._created or self._ask("find", name) is not None:
+        if name in self._created or self._ask("taken", name):
             raise ValueError(f"another object has the name '{name}'")
         thing = Thing(f"new:{len(self._created) + 1}", name, (oid,), {}, {}, kept=True)
         self._created[name] = self._things[thing.oid] = thing
