@@ -16,7 +16,7 @@ from typing import Any
 from uvm import codec
 from uvm.errors import DoesNotUnderstand, ValueNotStorable
 from uvm.hands.methods import compiled, filename
-from uvm.hands.natives import NATIVES, is_public
+from uvm.hands.natives import NATIVES, RESERVED, is_public
 from uvm.hands.proxy import Proxy, to_proxies, to_refs
 
 Ask = Callable[[str, Any], Any]  # kind and payload of a question to the pool -> the answer's payload
@@ -104,6 +104,8 @@ class Session:
             return self._method(owner, name, oid) if name in owner.methods else self._value(owner, name)
         if name in NATIVES:
             return partial(self._natives[name], oid)
+        if not is_public(name):
+            raise AttributeError(f"'{name:.40}' can't be a slot's or a method's name")
         raise DoesNotUnderstand(
             f"{self.label(oid)} does not understand '{name}'", target=self.origin(oid), selector=name
         )
@@ -219,6 +221,8 @@ class Session:
         owner = self._owner(oid, name)
         if owner is not None and name in owner.methods:
             raise AttributeError(f"'{name}' is a method of {self.label(owner.oid)}: choose another slot name")
+        if name in RESERVED:
+            raise AttributeError(f"'{name}' can't be changed by a method: choose another slot name")
         if owner is None and name in NATIVES:
             raise AttributeError(f"every object understands '{name}' by nature: choose another slot name")
 
