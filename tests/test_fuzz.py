@@ -1,4 +1,4 @@
-"""A bounded run of what `python -m evals fuzz` does for minutes: hostile bytes for the decoder and a kernel."""
+"""A bounded run of what `python -m evals fuzz` does for minutes: hostile bytes for decoder and kernel."""
 
 from __future__ import annotations
 

@@ -174,6 +174,7 @@ class _Client:
         is_closed = bool(monitor.poll(PATIENCE_MS)) and bool(recv_monitor_message(monitor))
         self._told.oversize = (closed + is_closed, tried + 1)
         socket.disable_monitor()
+        monitor.close(linger=0)
         socket.close(linger=0)
 
     def _sample(self) -> None:
