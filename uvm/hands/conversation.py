@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from uvm.codec import encode, is_oid
+from uvm.codec import encode, is_oid, references
 from uvm.errors import MalformedMessage, ObjectNotFound
 from uvm.hands.calls import Call, Host, ObjectView
 from uvm.hands.frames import pack
@@ -44,7 +44,7 @@ class Conversation:
         """Returns the frame of the job: the call, with the target and its whole delegation chain.
 
         Raises:
-            ObjectNotFound: the target is not there.
+            ObjectNotFound: the target is not there, or an argument refers to what can be no object.
             ValueNotStorable: an argument is no plain value.
         """
         views = {view.oid: self._show(view) for view in self._chain()}
@@ -59,7 +59,12 @@ class Conversation:
             "views": views,
             "cpu_s": cpu_s,
         }
-        return pack("call", job)
+        frame = pack("call", job)
+        if b"new:" in frame:  # in a hand that names an object made by this very call
+            for oid in references([self._call.args, self._call.kwargs]):
+                if not is_oid(oid):
+                    raise ObjectNotFound(f"there is no object {oid}", target=oid)
+        return frame
 
     def answer(self, kind: str, payload: Any) -> bytes | None:
         """Returns the frame that answers a question, or None if this kind of frame is no question.
