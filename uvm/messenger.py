@@ -102,6 +102,8 @@ class Messenger:
         """Returns the outcome of a method, not applied; `overlay` shadows installed sources."""
         call, host = Call(target=target.oid, selector=selector, args=args, kwargs=kwargs), TxnHost(txn)
         outcome = await self._hands.run(call, host, overlay=overlay)
+        if not (outcome.writes or outcome.created):
+            return outcome
         chain = {owner.oid for owner in target.chain()}
         return replace(outcome, seen=host.seen, asked=host.seen.keys() - chain)
 
