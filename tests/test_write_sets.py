@@ -18,6 +18,7 @@ from uvm import codec
 from uvm.codec import Ref, encode
 from uvm.errors import MalformedMessage, ObjectNotFound, WriteSetRefused
 from uvm.hands.answers import MAX_CREATED, MAX_SLOTS, MAX_WRITE_BYTES, MAX_WRITTEN, missed, returned
+from uvm.hands.bytecode import Bytecode
 from uvm.hands.calls import Call, ObjectView
 from uvm.hands.conversation import MAX_VIEW, Conversation
 from uvm.hands.frames import LENGTH, unpack
@@ -55,8 +56,8 @@ class World:
 
 
 def conversation() -> Conversation:
-    talk = Conversation(Call(oid(1), "f", [[Ref(oid(2))]], {}), World())
-    talk.job(1)
+    talk = Conversation(Call(oid(1), "f", [[Ref(oid(2))]], {}), World(), Bytecode())
+    talk.job()
     return talk
 
 
@@ -97,8 +98,8 @@ def test_a_large_slot_leads_on_once_it_was_sent() -> None:
 
 def test_arguments_that_refer_to_an_object_not_yet_made_are_the_callers_fault() -> None:
     with pytest.raises(ObjectNotFound, match="new:1"):
-        Conversation(Call(oid(1), "f", [], {"x": [Ref("new:1")]}), World()).job(1)
-    assert Conversation(Call(oid(1), "f", ["new:1"], {}), World()).job(1)
+        Conversation(Call(oid(1), "f", [], {"x": [Ref("new:1")]}), World(), Bytecode()).job()
+    assert Conversation(Call(oid(1), "f", ["new:1"], {}), World(), Bytecode()).job()
 
 
 def test_of_a_name_a_hand_learns_only_whether_it_is_taken() -> None:
@@ -295,8 +296,8 @@ class Laboratory:
         async with self.image.transaction("hand in") as txn:
             txn.doom()
             host = TxnHost(txn)
-            talk = Conversation(Call(self.oids[0], "f", [], {}), host)
-            talk.job(1)
+            talk = Conversation(Call(self.oids[0], "f", [], {}), host, Bytecode())
+            talk.job()
             before = self._fixed(txn)
             stranger = self._slots(txn, self.oids[3])
             with contextlib.suppress(MalformedMessage, WriteSetRefused):

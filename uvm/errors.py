@@ -27,7 +27,8 @@
     │   ├── HandOutOfMemory      it needed more than HAND_MEMORY_MIB
     │   ├── HandOutputTooLarge   its answer was larger than allowed
     │   ├── HandDied             its process ended without an answer
-    │   └── WriteSetRefused      it tried to change what a method may not change
+    │   ├── WriteSetRefused      it tried to change what a method may not change
+    │   └── SandboxTooWeak       it was not run at all: this system offers no sandbox
     ├── MissionError
     │   ├── MissionFailed        the cycle ended in FAILED; the details hold the findings
     │   └── MissionCancelled
@@ -173,6 +174,10 @@ class HandDied(MethodError):
 
 
 class WriteSetRefused(MethodError):
+    pass
+
+
+class SandboxTooWeak(MethodError):
     pass
 
 
