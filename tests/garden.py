@@ -44,9 +44,9 @@ class Garden:
         self.asked.append(oid)
         return self.views.get(oid)
 
-    def find(self, name: str) -> str | None:
+    def taken(self, name: str) -> bool:
         self.found.append(name)
-        return next((oid for oid, view in self.views.items() if view.name == name), None)
+        return any(view.name == name for view in self.views.values())
 
     async def send(self, target: str, selector: str, *args: Any, **kwargs: Any) -> Outcome:
         """Sends a message."""

@@ -14,8 +14,9 @@ import pytest_asyncio
 
 from tests.garden import Garden
 from uvm.codec import Ref, encode
-from uvm.errors import DoesNotUnderstand, MethodRaised, ObjectNotFound
+from uvm.errors import DoesNotUnderstand, HandDied, MethodRaised, ObjectNotFound
 from uvm.hands.calls import Call, Created, SlotChanges
+from uvm.hands.frames import pack
 from uvm.hands.pool import HandPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
@@ -70,6 +71,18 @@ async def test_values_come_back_as_they_were(garden: Garden, value: Any) -> None
     assert [type(item) for item in outcome.result] == [type(value)] * 2
 
 
+async def test_a_method_may_define_a_dataclass_and_write_long_numbers(garden: Garden) -> None:
+    source = """def f(self):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Point:
+        x: int
+
+    return Point(7).x, len(str(10 ** 5000))"""
+    assert (await garden.do(source)).result == (7, 5001)
+
+
 async def test_delegation_finds_slots_and_methods_depth_first_through_cycles(garden: Garden) -> None:
     garden.plant(
         "a", "def where(self):\n    return [self.x, self.y, self.z]", parents=(f"{2:016x}", f"{4:016x}")
@@ -111,6 +124,36 @@ async def test_references_are_proxies_wherever_they_are(garden: Garden) -> None:
     target = garden.plant("it", source, nest={"in": [Ref(friend)], "set": {Ref(friend)}})
     outcome = await garden.send(target, "look", [Ref(friend)])
     assert outcome.result == [True, 7, "<friend>", {"back": (Ref(friend), {Ref(friend)})}]
+
+
+async def test_a_walk_over_references_reaches_what_it_meets(garden: Garden) -> None:
+    root = garden.plant("root", depth=1)
+    far = garden.plant("far", "def name(self):\n    return 'far'", parents=(root,))
+    near = garden.plant("near", big=["x" * 300_000, {"to": Ref(far)}])
+    source = """def walk(self, start):
+    far = start.big[1]["to"]
+    far.seen = [start, self]
+    far._p_changed = True
+    return far.name(), far.depth, far"""
+    outcome = await garden.send(garden.plant("it", source), "walk", Ref(near))
+    assert outcome.result == ("far", 1, Ref(far))
+    assert outcome.writes == {far: SlotChanges({"seen": [Ref(near), Ref(f"{4:016x}")]}, ())}
+
+
+@pytest.mark.parametrize("forged", ["view", "result"])
+async def test_an_object_out_of_reach_stays_out_of_it(garden: Garden, forged: str) -> None:
+    secret = garden.plant("secret", word="open sesame")
+    frames = {
+        "view": pack("view", secret),
+        "result": pack(
+            "returned",
+            {"result": encode(Ref(secret)), "writes": {}, "created": [], "discarded": {}, "printed": ""},
+        ),
+    }
+    source = "def f(self, frame):\n    import random\n    random._os.write(3, frame)\n    random._os._exit(0)"
+    with pytest.raises(HandDied, match="can't reach"):
+        await garden.do(source, frames[forged])
+    assert secret not in garden.asked
 
 
 async def test_an_overlay_shadows_what_is_installed(pool: HandPool, garden: Garden) -> None:

@@ -269,7 +269,7 @@ FORGERIES = {
     "a question for what it has": pack("view", f"{1:016x}"),
     "a question for nothing": pack("view", 7),
     "a question for no slot": pack("slot", [f"{1:016x}", "x"]),
-    "a question for no name": pack("find", 1),
+    "a question for no name": pack("taken", 1),
 }
 
 

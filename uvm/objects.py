@@ -9,7 +9,7 @@ import datetime as dt
 from typing import Any
 
 from uvm.errors import SlotNotFound, SlotProtected
-from uvm.hands.natives import NATIVES
+from uvm.hands.natives import NATIVES, RESERVED
 from uvm.image import history
 from uvm.image.image import LivingImage, Txn
 from uvm.image.prototypes import UvmMethod, UvmObject
@@ -105,7 +105,8 @@ class Objects:
 
 
 def _check_is_data(slot: str, holders: tuple[UvmObject, ...]) -> None:
-    """Raises SlotProtected where a data slot of this name would hide a method or a native."""
+    """Raises SlotProtected where a data slot of this name would hide a method, a native or the parents."""
     found = [holder.lookup(slot) for holder in holders]
-    if slot in NATIVES or any(held and isinstance(held[1], UvmMethod) for held in found):
-        raise SlotProtected(f"{slot!r} is a method; teach a revision instead", slot=slot)
+    if slot in RESERVED or slot in NATIVES or any(held and isinstance(held[1], UvmMethod) for held in found):
+        reason = "is what it delegates to" if slot in RESERVED else "is a method; teach a revision instead"
+        raise SlotProtected(f"{slot!r} {reason}", slot=slot)

@@ -174,8 +174,8 @@ class _Garden:
     def view(self, oid: str) -> ObjectView | None:
         return self._view if oid == self._view.oid else None
 
-    def find(self, name: str) -> str | None:
-        return None
+    def taken(self, name: str) -> bool:
+        return False
 
 
 def _user() -> str:

@@ -5,8 +5,8 @@ Plain values throughout, as `uvm.codec` has them; a reference is a `Ref`. Kernel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Set
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -33,8 +33,8 @@ class Host(Protocol):
     def view(self, oid: str) -> ObjectView | None:
         """Returns the object of this oid, or None where there is none."""
 
-    def find(self, name: str) -> str | None:
-        """Returns the oid of the object of this name, or None where there is none."""
+    def taken(self, name: str) -> bool:
+        """Returns whether an object has this name; a hand learns no more of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,8 @@ class Outcome:
         discarded: oid to slots that were changed on an object that never said `_p_changed = True`.
         printed: what the method printed, cut at 65,536 characters.
         seconds: wall clock of the call in its hand.
+        seen: oid to the edition of the object that the hand was shown, as the host of the call noted it.
+        asked: the oids among them that the hand asked for, beyond the receiver and its delegation chain.
     """
 
     result: Any
@@ -82,3 +84,5 @@ class Outcome:
     discarded: dict[str, tuple[str, ...]]
     printed: str
     seconds: float
+    seen: Mapping[str, Hashable] = field(default_factory=dict)
+    asked: Set[str] = frozenset()

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from uvm.codec import encode, is_oid
+from uvm.codec import encode, is_oid, references
 from uvm.errors import MalformedMessage, ObjectNotFound
 from uvm.hands.bytecode import Bytecode, Method
 from uvm.hands.calls import Call, Host, ObjectView
 from uvm.hands.frames import pack
 from uvm.hands.natives import filename
+from uvm.hands.shown import Shown
 
 MAX_QUESTIONS = 10_000  # of one call
 MAX_VIEW = 256 << 10  # bytes of slots that travel with a view; the larger ones are asked for
@@ -24,30 +25,31 @@ class Conversation:
     """What the kernel tells one hand.
 
     Attributes:
-        shown: oids of the objects that the hand has seen, which are those that it may change.
+        shown: what the hand has been sent, and so what it may refer to and change.
     """
 
     def __init__(
         self, call: Call, host: Host, bytecode: Bytecode, overlay: Mapping[str, str] | None = None
     ) -> None:
-        self.shown: set[str] = set()
+        self.shown = Shown()
+        self.shown.hold([call.args, call.kwargs])
         self._call = call
         self._host = host
         self._bytecode = bytecode
         self._overlay = overlay or {}
-        self._large: dict[tuple[str, str], bytes] = {}
+        self._large: dict[tuple[str, str], tuple[bytes, Any]] = {}
         self._questions = 0
         self._answers: dict[str, Callable[[Any], Any]] = {
             "view": self._view,
             "slot": self._slot,
-            "find": self._find,
+            "taken": self._taken,
         }
 
     def job(self) -> bytes:
         """Returns the frame of the job: the call, with the target and its whole delegation chain.
 
         Raises:
-            ObjectNotFound: the target is not there.
+            ObjectNotFound: the target is not there, or an argument refers to what can be no object.
             ValueNotStorable: an argument is no plain value.
         """
         views = {view.oid: self._show(view) for view in self._chain()}
@@ -61,7 +63,12 @@ class Conversation:
             "overlay": dict(self._overlay),
             "views": views,
         }
-        return pack("call", job)
+        frame = pack("call", job)
+        if b"new:" in frame:  # in a hand that names an object made by this very call
+            for oid in references([self._call.args, self._call.kwargs]):
+                if not is_oid(oid):
+                    raise ObjectNotFound(f"there is no object {oid}", target=oid)
+        return frame
 
     def answer(self, kind: str, payload: Any) -> bytes | None:
         """Returns the frame that answers a question, or None if this kind of frame is no question.
@@ -91,10 +98,10 @@ class Conversation:
                     stack.extend(reversed(view.parents))
 
     def _show(self, view: ObjectView) -> dict[str, Any]:
-        self.shown.add(view.oid)
         slots = {slot: encode(value) for slot, value in view.slots.items()}
         large = _large(slots)
-        self._large |= {(view.oid, slot): slots.pop(slot) for slot in large}
+        self._large |= {(view.oid, slot): (slots.pop(slot), view.slots[slot]) for slot in large}
+        self.shown.add(view.oid, view.parents, [view.slots[slot] for slot in slots])
         return {
             "name": view.name,
             "parents": list(view.parents),
@@ -114,23 +121,27 @@ class Conversation:
         return {selector: code for selector, code in found.items() if code is not None}
 
     def _view(self, oid: Any) -> dict[str, Any] | None:
-        if type(oid) is not str or not is_oid(oid) or oid in self.shown:
+        if type(oid) is not str or not is_oid(oid) or oid in self.shown.objects:
             raise MalformedMessage("a question for an object that it has, or for no object")
+        if not self.shown.reaches(oid):
+            raise MalformedMessage("a question for an object that it can't reach")
         view = self._host.view(oid)
         return None if view is None else self._show(view)
 
     def _slot(self, place: Any) -> bytes:
         if type(place) is not list or [type(part) for part in place] != [str, str]:
             raise MalformedMessage("a question for no slot")
-        value = self._large.pop((place[0], place[1]), None)
-        if value is None:
+        found = self._large.pop((place[0], place[1]), None)
+        if found is None:
             raise MalformedMessage("a question for a slot that it has")
-        return value
+        data, value = found
+        self.shown.hold(value)
+        return data
 
-    def _find(self, name: Any) -> str | None:
+    def _taken(self, name: Any) -> bool:
         if type(name) is not str:
             raise MalformedMessage("a question for no name")
-        return self._host.find(name)
+        return self._host.taken(name)
 
 
 def _large(slots: dict[str, bytes]) -> list[str]:

@@ -6,13 +6,13 @@
     compile         [[source, file]]: the third one
     view            a view or None: {name, parents, slots: {slot: encoded}, methods, code, large: [slot]}
     slot            the encoded value
-    find            an oid or None
+    taken           True or False
 
     from the hand   payload
     ready           None: locked down, waiting for its job
-    view            oid: asks for an object
+    view            oid: asks for an object that it can reach, see `uvm.hands.shown`
     slot            [oid, slot]: asks for a slot that its view named as large
-    find            name: asks who has that name
+    taken           name: asks whether an object has that name
     returned        {result, writes: {oid: [{slot: encoded value}, [deleted]]}, created, discarded, printed}
     raised          {message, exception, traceback, selector}
     unstorable      {message, path, type}: the result or a slot to be kept is no plain value

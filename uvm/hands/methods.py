@@ -11,6 +11,7 @@ import functools
 import importlib
 import linecache
 import marshal
+import sys
 from collections.abc import Mapping, Sequence
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -64,6 +65,7 @@ def _import(
 # Small models write `x: List[int]` without the import; as text, annotations need none.
 _LAZY_ANNOTATIONS = __future__.annotations.compiler_flag
 
+_NAMESPACE = "method"  # the module that generated code takes itself for
 _BUILTINS = {name: value for name, value in vars(builtins).items() if name not in _WITHHELD}
 _BUILTINS["__import__"] = _import
 
@@ -75,6 +77,8 @@ def preload() -> None:
     """Loads everything that a method may use, in the zygote, while files still open."""
     for name in (*sorted(ALLOWED_MODULES), *_LATE):
         importlib.import_module(name)
+    sys.modules[_NAMESPACE] = ModuleType(_NAMESPACE)  # where dataclasses look for the module of a class
+    sys.set_int_max_str_digits(0)  # the limit on CPU time bounds what the digits of a number may cost
     _ZONES.extend(map(ZoneInfo, available_timezones()))
 
 
@@ -90,7 +94,7 @@ def compiled(source: str, selector: str, file: str, code: bytes | None = None) -
         NameError: it defines no function of that name.
     """
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    namespace: dict[str, Any] = {"__builtins__": _BUILTINS, "__name__": "method"}
+    namespace: dict[str, Any] = {"__builtins__": _BUILTINS, "__name__": _NAMESPACE}
     exec(_compile(source, file) if code is None else marshal.loads(code), namespace)
     function = namespace.pop(selector, None)  # a method `sum` that calls `sum` means the builtin
     if not isinstance(function, FunctionType):

@@ -126,7 +126,7 @@ class HandPool:
         Raises:
             SandboxTooWeak: there is no sandbox, and the Architect has not allowed to go without.
         """
-        if self.tier == "C" and not self._allow_weak:
+        if self.layers and self.tier == "C" and not self._allow_weak:
             raise SandboxTooWeak(
                 "generated code is not run: without seccomp, missing here, a hostile method could read "
                 "your files; BATOS_ALLOW_WEAK_SANDBOX=true runs it all the same",

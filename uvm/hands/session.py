@@ -16,7 +16,7 @@ from typing import Any
 from uvm import codec
 from uvm.errors import DoesNotUnderstand, ValueNotStorable
 from uvm.hands.methods import compiled
-from uvm.hands.natives import NATIVES, filename, is_public
+from uvm.hands.natives import NATIVES, RESERVED, filename, is_public
 from uvm.hands.proxy import Proxy, to_proxies, to_refs
 
 Ask = Callable[[str, Any], Any]  # kind and payload of a question to the pool -> the answer's payload
@@ -108,6 +108,8 @@ class Session:
             return self._method(owner, name, oid) if name in owner.methods else self._value(owner, name)
         if name in NATIVES:
             return partial(self._natives[name], oid)
+        if not is_public(name):
+            raise AttributeError(f"'{name:.40}' can't be a slot's or a method's name")
         raise DoesNotUnderstand(
             f"{self.label(oid)} does not understand '{name}'", target=self.origin(oid), selector=name
         )
@@ -224,6 +226,8 @@ class Session:
         owner = self._owner(oid, name)
         if owner is not None and name in owner.methods:
             raise AttributeError(f"'{name}' is a method of {self.label(owner.oid)}: choose another slot name")
+        if name in RESERVED:
+            raise AttributeError(f"'{name}' can't be changed by a method: choose another slot name")
         if owner is None and name in NATIVES:
             raise AttributeError(f"every object understands '{name}' by nature: choose another slot name")
 
@@ -248,7 +252,7 @@ class Session:
             raise ValueError(
                 f"an object's name is an identifier without leading underscore, not {name!r:.40}"
             )
-        if name in self._created or self._ask("find", name) is not None:
+        if name in self._created or self._ask("taken", name):
             raise ValueError(f"another object has the name '{name}'")
         thing = Thing(f"new:{len(self._created) + 1}", name, (oid,), {}, {}, {}, kept=True)
         self._created[name] = self._things[thing.oid] = thing
