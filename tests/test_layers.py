@@ -7,15 +7,17 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"uvm.errors", "uvm.states"},
-    {"uvm.codec"},
+    {"uvm.codec", "uvm.capabilities", "uvm.grant_options"},
     {"uvm.messages"},
     {"uvm.lanes", "uvm.metacognition", "uvm.image", "uvm.guardian", "uvm.client"},
     {"uvm.hands", "uvm.memory", "uvm.mind"},
+    {"uvm.broker"},
     {"uvm.parser", "uvm.prompts", "uvm.messenger"},
     {"uvm.trials"},
     {"uvm.cycle"},
     {"uvm.psm"},
     {"uvm.missions", "uvm.objects", "uvm.awakening"},
+    {"uvm.granting"},
     {"uvm.bridge"},
 ]
 ORGANS = {organ: level for level, organs in enumerate(LAYERS) for organ in organs}

@@ -10,11 +10,12 @@
     │   ├── ObjectNotFound
     │   ├── ObjectExists
     │   ├── SlotNotFound
-    │   ├── SlotProtected        a method, a native or an underscore name: not for set_slot
+    │   ├── SlotProtected        a method, a native, a grant or an underscore name: not for set_slot
     │   ├── MethodNotFound
     │   ├── MissionNotFound
     │   ├── TransactionNotFound
     │   ├── NotUndoable          later transactions build on the one to undo
+    │   ├── GrantMissing         (also an AttributeError) a method needs what the Architect has not granted
     │   └── DoesNotUnderstand    (also an AttributeError) nobody in the delegation chain answers
     ├── RetryLater               nothing is wrong with the request; the same one may succeed later
     │   ├── QueueFull
@@ -27,7 +28,8 @@
     │   ├── HandOutOfMemory      it needed more than HAND_MEMORY_MIB
     │   ├── HandOutputTooLarge   its answer was larger than allowed
     │   ├── HandDied             its process ended without an answer
-    │   └── WriteSetRefused      it tried to change what a method may not change
+    │   ├── WriteSetRefused      it tried to change what a method may not change
+    │   └── FilesNotWritten      what it wrote through a grant could not be put on disk
     ├── MissionError
     │   ├── MissionFailed        the cycle ended in FAILED; the details hold the findings
     │   └── MissionCancelled
@@ -119,6 +121,10 @@ class NotUndoable(CallerError):
     pass
 
 
+class GrantMissing(CallerError, AttributeError):
+    pass
+
+
 class DoesNotUnderstand(CallerError, AttributeError):
     """A message that nobody in the target's delegation chain understands."""
 
@@ -173,6 +179,10 @@ class HandDied(MethodError):
 
 
 class WriteSetRefused(MethodError):
+    pass
+
+
+class FilesNotWritten(MethodError):
     pass
 
 

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from uvm.capabilities import KINDS
 from uvm.guardian import Finding
 from uvm.image.prototypes import UvmObject
 from uvm.memory.catalog import Hit
@@ -144,7 +145,18 @@ def _object_text(target: UvmObject, selector: str) -> str:
         lines.append("Its slots: " + "; ".join(f"self.{name} = {short(value)}" for name, value in slots))
     if held:
         lines.append("It understands: " + ", ".join(list(held.values())[:MAX_SHOWN]))
-    return " ".join(lines)
+    return "\n".join([" ".join(lines), *_grant_lines(target)])
+
+
+def _grant_lines(target: UvmObject) -> list[str]:
+    """Returns a line for each grant that methods of the object can use."""
+    lines = []
+    for slot, (_, grant) in target.grants_in_reach().items():
+        kind = KINDS[grant.kind]
+        hosts = f" ({', '.join(grant.options['hosts'])})" if grant.kind == "http" else ""
+        calls = ", ".join(kind.offered(slot, write=grant.options.get("write", True)))
+        lines.append(f"It may use self.{slot}, {kind.about}{hosts}: {calls}")
+    return lines
 
 
 def _memory_text(memories: Sequence[Hit]) -> str:

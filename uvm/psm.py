@@ -142,6 +142,8 @@ class PrototypalStateMachine:
             target = txn.find(cycle.target)
             own = target.lookup(OWN_PERSONA_SLOT)
             cycle.persona = own[1] if own and own[1] in self._mind.personas else self._default_persona
+            if cycle.brief.type != "task":
+                history.check_no_grant(target, cycle.brief.selector)
             if cycle.brief.type == "revision":
                 history.own_method(target, cycle.brief.selector)
         await self._record(cycle, "mission", brief=cycle.brief.model_dump(), persona=cycle.persona)
