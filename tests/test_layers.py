@@ -23,7 +23,7 @@ LAYERS = [
 ORGANS = {organ: level for level, organs in enumerate(LAYERS) for organ in organs}
 # What clients use stays free of the kernel's organs.
 CLIENT_SIDE = {"uvm.client": {"uvm.errors", "uvm.messages", "uvm.codec"}}
-CLIENT_SIDE["uvm.parser"] = CLIENT_SIDE["uvm.client"] | {"uvm.mind"}
+CLIENT_SIDE["uvm.parser"] = CLIENT_SIDE["uvm.client"] | {"uvm.capabilities", "uvm.mind"}
 
 
 def organ_of(module: str) -> str | None:

@@ -183,7 +183,8 @@ class Use:
         """Returns what the log says that was used; never what was read, written, asked or answered."""
         if self.grant.kind == "http":
             return web.parse(self.values["url"]).told
-        return str(self.values.get("path") or self.values.get("persona") or "")[:200]
+        what = str(self.values.get("path") or self.values.get("persona") or "")[:200]
+        return what.encode("utf-8", "backslashreplace").decode()
 
 
 class Uses:
