@@ -12,7 +12,7 @@ import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpcore2
@@ -163,6 +163,8 @@ def is_public(address: Address) -> bool:
         wrapped = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
         if any(inner is not None for inner in wrapped) or int(address) >> 32 == 0:
             return False
+        if address.is_site_local:
+            return False
     return address.is_global and not (address.is_multicast or address.is_reserved)
 
 
@@ -176,9 +178,10 @@ async def _request(
         scheme=url.scheme.encode(), host=url.host.encode(), port=url.port, target=url.target.encode()
     )
     context = httpcore2.default_ssl_context() if url.scheme == "https" else None
-    async with httpcore2.AsyncConnectionPool(
-        ssl_context=context, max_connections=1, network_backend=_Pinned(addresses)
-    ) as pool:
+    async with (
+        _Pinned(addresses) as backend,
+        httpcore2.AsyncConnectionPool(context, max_connections=1, network_backend=backend) as pool,
+    ):
         fields = [(name.encode(), value.encode("latin-1")) for name, value in sent.items()]
         async with pool.stream(method, where, headers=fields) as response:
             told = _told_headers(response.headers)
@@ -199,11 +202,19 @@ async def _body(response: httpcore2.Response, max_bytes: int, url: Url) -> bytes
 
 
 class _Pinned(httpcore2.AsyncNetworkBackend):
-    """Connects to the addresses given, whatever the host is called."""
+    """Connects to the addresses given, whatever the host is called, and leaves no connection open."""
 
     def __init__(self, addresses: list[str]) -> None:
         self._addresses = addresses
         self._inner = httpcore2.AnyIOBackend()
+        self._opened: list[httpcore2.AsyncNetworkStream] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for stream in self._opened:  # the pool forgets one whose TLS handshake is cancelled
+            await stream.aclose()
 
     async def connect_tcp(
         self,
@@ -217,7 +228,9 @@ class _Pinned(httpcore2.AsyncNetworkBackend):
         refusal: Exception = httpcore2.ConnectError(f"{host} has no address")
         for address in self._addresses:
             try:
-                return await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
+                stream = await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
+                self._opened.append(stream)
+                return stream
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 refusal = error
         raise refusal
