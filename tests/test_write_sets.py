@@ -9,6 +9,7 @@ import pytest
 from uvm.codec import Ref, encode
 from uvm.errors import MalformedMessage
 from uvm.hands.answers import missed, returned
+from uvm.hands.bytecode import Bytecode
 from uvm.hands.calls import Call, ObjectView
 from uvm.hands.conversation import MAX_VIEW, Conversation
 from uvm.hands.frames import LENGTH, unpack
@@ -48,8 +49,8 @@ class World:
 
 
 def conversation() -> Conversation:
-    talk = Conversation(Call(oid(1), "f", [[Ref(oid(2))]], {}), World())
-    talk.job(1)
+    talk = Conversation(Call(oid(1), "f", [[Ref(oid(2))]], {}), World(), Bytecode())
+    talk.job()
     return talk
 
 

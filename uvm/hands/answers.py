@@ -110,6 +110,13 @@ def checked(payload: Any) -> dict[str, bool]:
     return dict(payload)
 
 
+def compiled(payload: Any, count: int) -> list[bytes | None]:
+    """Returns the bytecode of `count` methods, as a `compiled` frame says."""
+    _demand(type(payload) is list and len(payload) == count, "not as many methods as it was given")
+    _demand(all(type(code) in (bytes, type(None)) for code in payload), "no bytecode")
+    return list(payload)
+
+
 def _demand(holds: bool, otherwise: str) -> None:
     if not holds:
         raise MalformedMessage(otherwise)

@@ -11,8 +11,10 @@ from typing import Any
 
 from uvm.codec import encode, is_oid
 from uvm.errors import MalformedMessage, ObjectNotFound
+from uvm.hands.bytecode import Bytecode, Method
 from uvm.hands.calls import Call, Host, ObjectView
 from uvm.hands.frames import pack
+from uvm.hands.natives import filename
 from uvm.hands.shown import Shown
 
 MAX_QUESTIONS = 10_000  # of one call
@@ -26,11 +28,14 @@ class Conversation:
         shown: what the hand has been sent, and so what it may refer to and change.
     """
 
-    def __init__(self, call: Call, host: Host, overlay: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, call: Call, host: Host, bytecode: Bytecode, overlay: Mapping[str, str] | None = None
+    ) -> None:
         self.shown = Shown()
         self.shown.hold([call.args, call.kwargs])
         self._call = call
         self._host = host
+        self._bytecode = bytecode
         self._overlay = overlay or {}
         self._large: dict[tuple[str, str], tuple[bytes, Any]] = {}
         self._grants: set[tuple[str, str]] = set()  # those that the hand was shown: holder and slot
@@ -41,7 +46,7 @@ class Conversation:
             "taken": self._taken,
         }
 
-    def job(self, cpu_s: int) -> bytes:
+    def job(self) -> bytes:
         """Returns the frame of the job: the call, with the target and its whole delegation chain.
 
         Raises:
@@ -58,7 +63,6 @@ class Conversation:
             "kwargs": self._call.kwargs,
             "overlay": dict(self._overlay),
             "views": views,
-            "cpu_s": cpu_s,
         }
         return pack("call", job)
 
@@ -104,8 +108,18 @@ class Conversation:
             "parents": list(view.parents),
             "slots": slots,
             "methods": dict(view.methods),
+            "code": self._code(view),
             "large": large,
         }
+
+    def _code(self, view: ObjectView) -> dict[str, bytes]:
+        """Returns the methods that are compiled already: selector -> bytecode."""
+        owner = view.name or view.oid
+        found = {
+            selector: self._bytecode.of(Method(source, filename(owner, selector)))
+            for selector, source in view.methods.items()
+        }
+        return {selector: code for selector, code in found.items() if code is not None}
 
     def _view(self, oid: Any) -> dict[str, Any] | None:
         if type(oid) is not str or not is_oid(oid) or oid in self.shown.objects:

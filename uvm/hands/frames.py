@@ -1,10 +1,10 @@
 """What the pool and a hand say to each other: length-prefixed frames, each a map of one kind to its payload.
 
     from the pool   payload
-    call            {target, selector, args, kwargs, overlay, views, cpu_s}: the job, sent once
-    audit           {source, selector, parameters, cpu_s}: the other job
-    check           {cpu_s}: the job of a start: which layers of the sandbox hold
-    view            a view or None: {name, parents, slots: {slot: encoded value}, methods, large: [slot]},
+    call            {target, selector, args, kwargs, overlay, views}: the job, sent once
+    audit           {source, selector, parameters}: another job
+    compile         [[source, file]]: the third one
+    view            a view or None: {name, parents, slots: {slot: encoded}, methods, code, large: [slot]},
                     and grants: {slot: kind} where it has any
     slot            the encoded value
     taken           True or False
@@ -23,7 +23,8 @@
     exhausted       None: it ran into its memory limit
     refused         text: a layer of the sandbox could not be applied
     audited         {source, findings: [[rule, line, message, mended]], parameters, doc}
-    checked         {layer: whether it holds}
+    compiled        [bytes or None], in the order of the job
+    checked         {layer: whether it holds}: the only word of a worker that was made to try the sandbox out
 
 "Encoded" is the bytes of `uvm.codec.encode`. Both sides import this module: it needs the codec alone.
 """
@@ -39,9 +40,6 @@ from uvm.errors import MalformedMessage
 MAX_PRINTED = 64 << 10  # characters
 
 LENGTH = struct.Struct("!I")
-REQUEST = struct.Struct("!cI")  # pool to zygote: verb, token of a worker
-STATUS = struct.Struct("!Iid")  # zygote to pool: token, exit status (negative: a signal), CPU time in s
-FORK, END, BURY = b"f", b"e", b"b"  # a new worker; kill it, if need be; the same, and report its status
 
 
 def pack(kind: str, payload: Any) -> bytes:

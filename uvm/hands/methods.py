@@ -10,8 +10,9 @@ import builtins
 import functools
 import importlib
 import linecache
+import marshal
 from collections.abc import Mapping, Sequence
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -77,19 +78,12 @@ def preload() -> None:
     _ZONES.extend(map(ZoneInfo, available_timezones()))
 
 
-def filename(owner: str, selector: str) -> str:
-    """Returns the file name of a method in tracebacks; no real file has one like it."""
-    return f"<method {owner}.{selector}>"
-
-
-def selector_of(file: str) -> str | None:
-    """Returns the selector of the method that `filename` named, or None for any other file."""
-    return file[:-1].rpartition(".")[2] if file.startswith("<method ") else None
-
-
 @functools.cache
-def compiled(source: str, selector: str, file: str) -> FunctionType:
+def compiled(source: str, selector: str, file: str, code: bytes | None = None) -> FunctionType:
     """Returns the function called `selector` that `source` defines.
+
+    Args:
+        code: what `bytecode` made of the same source; None compiles it here.
 
     Raises:
         SyntaxError, or whatever else running the source raises.
@@ -97,8 +91,21 @@ def compiled(source: str, selector: str, file: str) -> FunctionType:
     """
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     namespace: dict[str, Any] = {"__builtins__": _BUILTINS, "__name__": "method"}
-    exec(compile(source, file, "exec", _LAZY_ANNOTATIONS, dont_inherit=True), namespace)
+    exec(_compile(source, file) if code is None else marshal.loads(code), namespace)
     function = namespace.pop(selector, None)  # a method `sum` that calls `sum` means the builtin
     if not isinstance(function, FunctionType):
         raise NameError(f"the source defines no function '{selector}'")
     return function
+
+
+def bytecode(source: str, file: str) -> bytes | None:
+    """Returns `source` compiled for this interpreter, not run; None where it is no Python."""
+    try:
+        return marshal.dumps(_compile(source, file))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _compile(source: str, file: str) -> CodeType:
+    code: CodeType = compile(source, file, "exec", _LAZY_ANNOTATIONS, dont_inherit=True)
+    return code

@@ -23,3 +23,13 @@ def is_public(name: object) -> bool:
         and not keyword.iskeyword(name)
         and unicodedata.normalize("NFKC", name) == name
     )
+
+
+def filename(owner: str, selector: str) -> str:
+    """Returns the file name of a method in tracebacks; no real file has one like it."""
+    return f"<method {owner}.{selector}>"
+
+
+def selector_of(file: str) -> str | None:
+    """Returns the selector of the method that `filename` named, or None for any other file."""
+    return file[:-1].rpartition(".")[2] if file.startswith("<method ") else None

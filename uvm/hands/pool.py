@@ -12,8 +12,9 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from uvm.errors import (
@@ -28,17 +29,22 @@ from uvm.errors import (
     ShuttingDown,
 )
 from uvm.guardian import Audit
-from uvm.hands.answers import audited, checked, missed, raised, returned, unstorable
+from uvm.hands.answers import audited, checked, compiled, missed, raised, returned, unstorable
+from uvm.hands.bytecode import Bytecode, Method
 from uvm.hands.calls import Call, Host, Outcome
 from uvm.hands.conversation import Conversation
 from uvm.hands.frames import pack
-from uvm.hands.sandbox import tier
+from uvm.hands.sandbox import Limits, tier
+from uvm.hands.seccomp import compile_filter
 from uvm.hands.zygote import Hand, HandGone, Zygote
 
 _READY_S = 30.0  # a worker that takes longer to lock itself down is given up
 _TRIES = 3  # workers that may be found dead before one reads the job
+_STOCK = 12  # workers kept ready beside one for each call that may run at once
+_RENEW_S = 0.03  # a burst of calls is not slowed by the making of new workers before this is over
 
-Answer = Callable[[str, Any], bytes | None]  # a frame's kind and payload -> the reply, None for a last frame
+# A frame's kind and payload -> the reply, at once or later; None for a last frame.
+Answer = Callable[[str, Any], bytes | Awaitable[bytes] | None]
 
 
 class HandPool:
@@ -50,6 +56,7 @@ class HandPool:
         memory_mib: address space of a worker beyond what it starts with, MiB.
         output_bytes: longest frame that a hand may send.
         waiting: calls that may wait for their turn.
+        without: layers of the sandbox to leave out; for measurements of what each one stops.
 
     Attributes:
         layers: layer of the sandbox -> whether it held when it was tried out at the start.
@@ -66,6 +73,7 @@ class HandPool:
         memory_mib: int,
         output_bytes: int = 8 << 20,
         waiting: int = 1000,
+        without: Sequence[str] = (),
     ) -> None:
         self.layers: dict[str, bool] = {}
         self.tier = tier({})
@@ -73,13 +81,17 @@ class HandPool:
         self.restarts = 0
         self._count = count
         self._timeout_s = timeout_s
-        self._memory_mib = memory_mib
+        self._limits = Limits(memory_mib, _cpu_s(timeout_s), without=tuple(without))
         self._output_bytes = output_bytes
         self._most_waiting = waiting
         self._waiting = 0
         self._turns = asyncio.Semaphore(count)
         self._spares: deque[Hand] = deque()
+        self._done: list[Hand] = []  # to be ended when their places are filled
+        self._renewal: asyncio.TimerHandle | None = None
         self._zygote: Zygote | None = None
+        self._bytecode = Bytecode()
+        self._compiling: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Starts the zygote and tries the sandbox out.
@@ -91,15 +103,18 @@ class HandPool:
         """
         if not hasattr(os, "fork"):
             raise HomeError("hands are forked processes, and this platform has no os.fork")
-        self._zygote = Zygote(self._memory_mib, self._output_bytes)
-        self._refill()
+        self._limits = replace(self._limits, filter=compile_filter() or b"")
         try:
-            async with self._turn():
-                self.layers = await self._check()
+            self.layers = await self._examine(self._new_zygote())
         except MethodError as error:
             await self.close()
             raise HomeError(f"no hand can be made here: {error}") from error
         self.tier = tier(self.layers)
+
+    @property
+    def zygote_pid(self) -> int | None:
+        """Process id of the process that makes the hands; None where there is none."""
+        return None if self._zygote is None else self._zygote.pid
 
     async def run(
         self,
@@ -125,15 +140,16 @@ class HandPool:
             QueueFull, ShuttingDown: it did not get its turn.
         """
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        talk = Conversation(call, host, overlay)
+        talk = Conversation(call, host, self._bytecode, overlay)
         endings: dict[str, Callable[[Any], BatosError]] = {
             "raised": raised,
             "unstorable": unstorable,
             "missed": lambda payload: missed(payload, talk.shown),
         }
         async with self._turn():
-            job = talk.job(_cpu_s(limit_s))
+            job = talk.job()
             kind, payload, seconds = await self._serve(call.selector, job, talk.answer, limit_s)
+            self._compile_wanted()
         with _honest(call.selector):
             if kind in endings:
                 raise endings[kind](payload)
@@ -151,7 +167,6 @@ class HandPool:
             "source": source,
             "selector": selector,
             "parameters": None if parameters is None else list(parameters),
-            "cpu_s": _cpu_s(self._timeout_s),
         }
         async with self._turn():
             kind, payload, _ = await self._serve("the audit", pack("audit", job), _no_answer, self._timeout_s)
@@ -162,22 +177,48 @@ class HandPool:
     async def close(self) -> None:
         """Ends every process; calls that are running end as ShuttingDown."""
         zygote, self._zygote = self._zygote, None
-        while self._spares:
-            self._spares.popleft().close()
+        self._forget_workers()
         if zygote is not None:
             await zygote.close()
 
-    async def _check(self) -> dict[str, bool]:
-        job = pack("check", {"cpu_s": _cpu_s(_READY_S)})
-        kind, payload, _ = await self._serve("the sandbox's check", job, _no_answer, _READY_S)
-        with _honest("the sandbox's check"):
-            self._expect("checked", kind, "the sandbox's check")
-            return checked(payload)
+    async def _examine(self, zygote: Zygote) -> dict[str, bool]:
+        """Returns which layers hold in a worker made to try them out."""
+        examiner = zygote.examiner()
+        try:
+            async with asyncio.timeout(_READY_S):
+                with _honest("the sandbox's check"):
+                    kind, payload = await examiner.frame()
+                    if kind == "refused":
+                        raise HandDied(f"a worker could not be locked down: {payload}")
+                    self._expect("checked", kind, "the sandbox's check")
+                    return checked(payload)
+        except (TimeoutError, HandGone):
+            raise HandDied("the sandbox's check ended without a word") from None
+        finally:
+            zygote.end([examiner])
+
+    def _compile_wanted(self) -> None:
+        """Has the methods that calls met compiled in a hand of their own, beside the calls."""
+        if self._compiling is None or self._compiling.done():
+            wanted = self._bytecode.wanted()
+            if wanted:
+                self._compiling = asyncio.create_task(self._compile(wanted))
+
+    async def _compile(self, wanted: list[Method]) -> None:
+        job = pack("compile", [list(method) for method in wanted])
+        codes: list[bytes | None] = [None] * len(wanted)
+        with suppress(BatosError):  # what can't be compiled beforehand is compiled in each call
+            kind, payload, _ = await self._serve("the compiler", job, _no_answer, self._timeout_s)
+            with _honest("the compiler"):
+                self._expect("compiled", kind, "the compiler")
+                codes = compiled(payload, len(wanted))
+        for method, code in zip(wanted, codes, strict=True):
+            self._bytecode.keep(method, code)
 
     def _expect(self, expected: str, kind: str, what: str) -> None:
         if kind == "exhausted":
-            told = f"{what} needed more than {self._memory_mib} MiB"
-            raise HandOutOfMemory(told, memory_mib=self._memory_mib)
+            memory_mib = self._limits.memory_mib
+            raise HandOutOfMemory(f"{what} needed more than {memory_mib} MiB", memory_mib=memory_mib)
         if kind != expected:
             raise MalformedMessage(f"'{kind:.40}' where '{expected}' was due")
 
@@ -208,9 +249,10 @@ class HandPool:
                 zygote.look()  # if it died, its workers died with it
             except BaseException:
                 self.kills += 1
+                zygote.end([hand])
                 raise
             finally:
-                asyncio.get_running_loop().call_soon(self._retire, zygote, hand)
+                self._retire(zygote, hand)
         raise HandDied(f"{what}: no worker lived long enough to begin")
 
     async def _converse(
@@ -219,7 +261,7 @@ class HandPool:
         await self._begin(zygote, hand)
         began = time.perf_counter()
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s) as clock:
                 await hand.send(job)
                 while True:
                     with _honest(what):
@@ -227,7 +269,7 @@ class HandPool:
                         reply = answer(kind, payload)
                     if reply is None:
                         break
-                    await hand.send(reply)
+                    await hand.send(reply if isinstance(reply, bytes) else await _off_the_clock(clock, reply))
         except TimeoutError:
             raise HandTimeout(f"{what} ran longer than {limit_s:g} s", timeout_s=limit_s) from None
         return kind, payload, time.perf_counter() - began
@@ -250,8 +292,9 @@ class HandPool:
                 return ShuttingDown(f"{what} was cut short: the hands are closing")
             return HandDied(f"{what} was cut short: the process that makes the hands died")
         status, cpu_s = end
-        if status == -signal.SIGXCPU or (status == -signal.SIGKILL and cpu_s >= _cpu_s(limit_s)):
-            return HandTimeout(f"{what} used more than {_cpu_s(limit_s)} s of CPU time", timeout_s=limit_s)
+        most_s = self._limits.cpu_s
+        if status == -signal.SIGXCPU or (status == -signal.SIGKILL and cpu_s >= most_s):
+            return HandTimeout(f"{what} used more than {most_s} s of CPU time", timeout_s=limit_s)
         how = f"was killed by {_signal_name(-status)}" if status < 0 else f"left with status {status}"
         return HandDied(f"{what} {how} before it had answered", status=status)
 
@@ -259,29 +302,64 @@ class HandPool:
         if self._zygote is None:
             raise ShuttingDown("the hands are closed")
         if not self._zygote.alive:
-            while self._spares:
-                self._spares.popleft().close()
             self.restarts += 1
-            self._zygote = Zygote(self._memory_mib, self._output_bytes)
-            self._refill()
+            return self._new_zygote()
         return self._zygote
+
+    def _new_zygote(self) -> Zygote:
+        self._forget_workers()
+        self._zygote = Zygote(self._limits, self._output_bytes)
+        self._renew()
+        return self._zygote
+
+    def _forget_workers(self) -> None:
+        if self._renewal is not None:
+            self._renewal.cancel()
+            self._renewal = None
+        for hand in (*self._spares, *self._done):
+            hand.close()
+        self._spares.clear()
+        self._done.clear()
 
     def _take(self, zygote: Zygote) -> Hand:
         while self._spares:
             hand = self._spares.popleft()
+            hand.look()
             if not hand.ended:
                 return hand
-            zygote.end(hand)
-        return zygote.fork()
+            self._done.append(hand)
+        return zygote.fork(1)[0]
 
     def _retire(self, zygote: Zygote, hand: Hand) -> None:
-        zygote.end(hand)
-        self._refill()
+        """Has a worker that served its call replaced: soon, or at once where there are few left."""
+        if zygote is not self._zygote:
+            hand.close()
+            return
+        self._done.append(hand)
+        if len(self._spares) < self._count:
+            self._renew()
+        elif self._renewal is None:
+            self._renewal = asyncio.get_running_loop().call_later(_RENEW_S, self._renew)
 
-    def _refill(self) -> None:
-        zygote = self._zygote
-        while zygote is not None and zygote.alive and len(self._spares) < self._count:
-            self._spares.append(zygote.fork())
+    def _renew(self) -> None:
+        """Ends the workers that are done and has new ones made, in one turn of the zygote."""
+        if self._renewal is not None:
+            self._renewal.cancel()
+            self._renewal = None
+        if self._zygote is not None and self._zygote.alive:
+            self._zygote.end(self._done)
+            self._done.clear()
+            self._spares.extend(self._zygote.fork(self._count + _STOCK - len(self._spares)))
+
+
+async def _off_the_clock(clock: asyncio.Timeout, reply: Awaitable[bytes]) -> bytes:
+    """Awaits a reply for which the hand has to wait; the time does not count against the call."""
+    left = (clock.when() or 0.0) - asyncio.get_running_loop().time()
+    clock.reschedule(None)
+    try:
+        return await reply
+    finally:
+        clock.reschedule(asyncio.get_running_loop().time() + left)
 
 
 def _cpu_s(limit_s: float) -> int:

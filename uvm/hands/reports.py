@@ -15,8 +15,7 @@ from typing import Any
 
 from uvm import codec
 from uvm.errors import DoesNotUnderstand, GrantMissing, ValueNotStorable
-from uvm.hands.methods import selector_of
-from uvm.hands.natives import is_public
+from uvm.hands.natives import is_public, selector_of
 from uvm.hands.proxy import Proxy, oid_of, to_refs
 from uvm.hands.session import Session
 

@@ -1,89 +1,132 @@
-"""The lock-down of a worker: named layers, each with the act that applies it and a test whether it holds.
+"""The walls around generated code: named layers, each with the act that applies it and a test of it.
 
-A worker applies them after its fork and before it reads its job. `tier` tells honestly what they are worth.
-Runs in the zygote and its children: imports the standard library alone.
+The zygote puts up what its workers can inherit, once; each worker adds the rest after its fork and before it
+reads its job. `tier` tells honestly what they are worth. Runs in the zygote and its children: imports the
+standard library alone.
 """
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
-LINUX = sys.platform == "linux"
+from uvm.hands import linux
+
 CHANNEL = 3  # the one descriptor that a worker keeps beside /dev/null on 0, 1 and 2
-
-_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 1, 2, 3, 4
-_PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 38, 39
+NOBODY = 65534  # uid and gid that root steps down to
 
 if sys.platform != "win32":
     import resource
 
-if LINUX:
-    _LIBC = ctypes.CDLL(None, use_errno=True)
-    _LIBC.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the layers of one worker need to know.
+    """What the layers of all workers of one zygote need to know.
 
     Attributes:
-        channel: descriptor of the worker's socket.
-        parent: pid of the zygote.
-        memory_mib: address space beyond the zygote's, MiB.
-        start_bytes: address space of the zygote, which a worker begins with.
+        memory_mib: address space of a worker beyond what the zygote starts with, MiB.
+        cpu_s: CPU time of a worker, s.
+        filter: seccomp program; empty where there is none.
+        without: layers to leave out; for measurements of what each one stops, never in a kernel.
     """
 
-    channel: int
-    parent: int
     memory_mib: int
-    start_bytes: int
+    cpu_s: int
+    filter: bytes = b""
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer: `apply` raises OSError where it can't; `holds` tries it out, in a worker made for that."""
+    """One layer: `apply` raises OSError where it can't; `holds` tries it out, in a worker made for that.
+
+    `optional` tells that a system may refuse it (then it does not hold, and the tier says so); any other
+    layer that can't be applied ends the process.
+    """
 
     name: str
-    apply: Callable[[Limits], object]
-    holds: Callable[[Limits], bool]
+    apply: Callable[[Sandbox], object]
+    holds: Callable[[Sandbox], bool]
     available: bool = True
+    optional: bool = False
 
 
-def _prctl(option: int, value: int = 0) -> int:
-    result = int(_LIBC.prctl(option, value, 0, 0, 0))
-    if result < 0:
-        raise OSError(ctypes.get_errno(), f"prctl {option}")
-    return result
+@dataclass(slots=True)
+class Sandbox:
+    """The layers of one zygote and its workers.
 
-
-def die_with(parent: int) -> None:
-    """Makes the kernel kill this process when the thread that started it ends.
-
-    Args:
-        parent: pid of the starting process, which may have died before this call.
+    Attributes:
+        parent: pid of the process that this one must not outlive.
+        missing: optional layers that the system refused, with its words.
     """
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)
+
+    limits: Limits
+    parent: int
+    missing: dict[str, str] = field(default_factory=dict)
+    seccomp: linux.SeccompFilter | None = None
+
+    def enclose(self) -> None:
+        """Applies, in the zygote, every layer that its workers inherit, as far as the platform has it.
+
+        Raises:
+            OSError, ValueError, OverflowError: a layer could not be applied; nothing must run here.
+        """
+        if self.limits.filter:
+            self.seccomp = linux.SeccompFilter(self.limits.filter)
+        for layer in self._wanted(INHERITED):
+            try:
+                layer.apply(self)
+            except OSError as error:
+                if not layer.optional:
+                    raise
+                self.missing[layer.name] = str(error)
+
+    def lock_down(self, parent: int) -> None:
+        """Applies a worker's own layers; the last one leaves it a few system calls.
+
+        Args:
+            parent: pid of the zygote.
+
+        Raises:
+            OSError, ValueError: as `enclose`.
+        """
+        self.parent = parent
+        for layer in self._wanted(OWN):
+            layer.apply(self)
+
+    def check(self, parent: int) -> dict[str, bool]:
+        """Locks this worker down and returns which layers hold; each is tried out before the next one.
+
+        A later layer would hide an earlier one: under seccomp nothing opens, whatever the others say.
+        """
+        self.parent = parent
+        found = {layer.name: self._holds(layer) for layer in INHERITED}
+        for layer in OWN:
+            if layer in self._wanted(OWN):
+                layer.apply(self)
+            found[layer.name] = self._holds(layer)
+        return found
+
+    def _wanted(self, layers: Iterable[Layer]) -> list[Layer]:
+        return [layer for layer in layers if layer.available and layer.name not in self.limits.without]
+
+    def _holds(self, layer: Layer) -> bool:
+        try:
+            return layer.available and layer.name not in self.missing and layer.holds(self)
+        except OSError:
+            return False
 
 
-def _dies_with_parent(limits: Limits) -> bool:
-    found = ctypes.c_int()
-    _prctl(_PR_GET_PDEATHSIG, ctypes.addressof(found))
-    return found.value == signal.SIGKILL
-
-
-def harden(parent: int) -> None:
-    """Ties this process to its parent and closes it to other processes of the user, where Linux can."""
-    if LINUX:
-        die_with(parent)
-        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-        _prctl(_PR_SET_DUMPABLE, 0)
+def tier(layers: Mapping[str, bool]) -> str:
+    """Returns what the layers are worth: A and B are sandboxes, C is only a process with limits."""
+    if not layers.get("seccomp"):
+        return "C"
+    return "A" if all(layers.values()) else "B"
 
 
 def limit(kind: int, value: int) -> None:
@@ -91,55 +134,71 @@ def limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, value))
 
 
-def address_space() -> int:
+def die_with(parent: int) -> None:
+    """Makes the kernel kill this process when the thread that started it ends, where Linux can.
+
+    Args:
+        parent: pid of the starting process, which may have died before this call.
+    """
+    if linux.AVAILABLE:
+        linux.set_parent_death_signal(signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+
+
+def _step_down(sandbox: Sandbox) -> None:
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    linux.drop_capabilities()
+    die_with(sandbox.parent)  # a change of user has taken that back
+
+
+def _has_no_rights(sandbox: Sandbox) -> bool:
+    return 0 not in (*os.getresuid(), *os.getresgid()) and linux.capabilities() == 0
+
+
+def _is_alone(sandbox: Sandbox) -> bool:
+    return not os.path.lexists("/proc") and [name for _, name in socket.if_nameindex()] == ["lo"]
+
+
+def _no_folder_opens(sandbox: Sandbox) -> bool:
+    return _fails(errno.EACCES, lambda: os.close(os.open("/", os.O_RDONLY)))
+
+
+def _limit_memory(sandbox: Sandbox) -> None:
+    limit(resource.RLIMIT_AS, _address_space() + (sandbox.limits.memory_mib << 20))
+
+
+def _address_space() -> int:
     """Returns the size of this process's address space in bytes, 0 where the system does not tell."""
-    if not LINUX:
+    if not linux.AVAILABLE or not os.path.exists("/proc/self/statm"):
         return 0
     with open("/proc/self/statm", "rb") as statm:
         return int(statm.read().split()[0]) * resource.getpagesize()
 
 
-def _limit_memory(limits: Limits) -> None:
-    limit(resource.RLIMIT_AS, limits.start_bytes + (limits.memory_mib << 20))
-
-
-def _memory_is_limited(limits: Limits) -> bool:
+def _memory_is_limited(sandbox: Sandbox) -> bool:
     try:
-        bytearray((limits.memory_mib + 1) << 20)
+        bytearray((sandbox.limits.memory_mib + 1) << 20)
     except MemoryError:
         return True
     return False
 
 
-def _keep_one_descriptor(limits: Limits) -> None:
-    os.dup2(0, 1)  # the zygote's stdin is /dev/null
-    os.dup2(0, 2)
-    if limits.channel != CHANNEL:
-        os.dup2(limits.channel, CHANNEL)
-    os.closerange(CHANNEL + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    limit(resource.RLIMIT_NOFILE, 0)  # what is open stays usable; no other will ever open
-
-
-def _no_descriptor_opens(limits: Limits) -> bool:
-    try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
-    except OSError:
-        return True
-    return False
-
-
-def _limit_files(limits: Limits) -> None:
+def _limit_files(sandbox: Sandbox) -> None:
     limit(resource.RLIMIT_FSIZE, 0)
     limit(resource.RLIMIT_CORE, 0)
 
 
-def _files_are_limited(limits: Limits) -> bool:
+def _files_are_limited(sandbox: Sandbox) -> bool:
     return resource.getrlimit(resource.RLIMIT_FSIZE) == resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
 
 
-def _forks_fail(limits: Limits) -> bool:
+def _forks_fail(sandbox: Sandbox) -> bool:
     try:
-        pid = os.fork()  # the kernel lets root fork whatever the limit says
+        pid = os.fork()  # root, and who has the capability, forks whatever the limit says
     except OSError:
         return True
     if pid == 0:
@@ -148,48 +207,79 @@ def _forks_fail(limits: Limits) -> bool:
     return False
 
 
-LAYERS = (
-    Layer("session", lambda limits: os.setsid(), lambda limits: os.getsid(0) == os.getpid()),
-    Layer("dies_with_parent", lambda limits: die_with(limits.parent), _dies_with_parent, LINUX),
+def _cpu_is_limited(sandbox: Sandbox) -> bool:
+    return resource.getrlimit(resource.RLIMIT_CPU) == (sandbox.limits.cpu_s, sandbox.limits.cpu_s)
+
+
+def _keep_one_descriptor(sandbox: Sandbox) -> None:
+    os.closerange(CHANNEL + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    limit(resource.RLIMIT_NOFILE, 0)  # what is open stays usable; no other will ever open
+
+
+def _no_descriptor_opens(sandbox: Sandbox) -> bool:
+    return _fails(errno.EMFILE, os.pipe)
+
+
+def _install_filter(sandbox: Sandbox) -> None:
+    if sandbox.seccomp is not None:
+        sandbox.seccomp.install()
+
+
+def _calls_are_filtered(sandbox: Sandbox) -> bool:
+    return sandbox.seccomp is not None and _fails(errno.EPERM, lambda: os.stat("/"))
+
+
+def _fails(number: int, act: Callable[[], object]) -> bool:
+    try:
+        act()
+    except OSError as error:
+        return error.errno == number
+    return False
+
+
+# In the order of their application: each may need what a later one takes away.
+INHERITED = (
+    Layer("memory", _limit_memory, _memory_is_limited, linux.AVAILABLE),
+    Layer(
+        "namespaces",
+        lambda sandbox: linux.leave_namespaces(),
+        _is_alone,
+        linux.AVAILABLE,
+        optional=True,
+    ),
+    Layer("unprivileged", _step_down, _has_no_rights, linux.AVAILABLE),
     Layer(
         "no_new_privileges",
-        lambda limits: _prctl(_PR_SET_NO_NEW_PRIVS, 1),
-        lambda limits: _prctl(_PR_GET_NO_NEW_PRIVS) == 1,
-        LINUX,
+        lambda sandbox: linux.set_no_new_privileges(),
+        lambda sandbox: linux.no_new_privileges(),
+        linux.AVAILABLE,
     ),
     Layer(
         "not_dumpable",
-        lambda limits: _prctl(_PR_SET_DUMPABLE, 0),
-        lambda limits: _prctl(_PR_GET_DUMPABLE) == 0,
-        LINUX,
+        lambda sandbox: linux.set_not_dumpable(),
+        lambda sandbox: not linux.dumpable(),
+        linux.AVAILABLE,
     ),
-    Layer("memory", _limit_memory, _memory_is_limited, LINUX),
     Layer("files", _limit_files, _files_are_limited),
-    Layer("processes", lambda limits: limit(resource.RLIMIT_NPROC, 0), _forks_fail),
-    # The last one: as long as it has not been applied, a worker can say what failed.
-    Layer("descriptors", _keep_one_descriptor, _no_descriptor_opens),
+    Layer(
+        "landlock",
+        lambda sandbox: linux.landlock_everything(),
+        _no_folder_opens,
+        linux.AVAILABLE,
+        optional=True,
+    ),
 )
-
-
-def lock_down(limits: Limits) -> None:
-    """Applies every layer that this platform has.
-
-    Raises:
-        OSError, ValueError, OverflowError: a layer could not be applied; the worker must not run anything.
-    """
-    for layer in LAYERS:
-        if layer.available:
-            layer.apply(limits)
-
-
-def check(limits: Limits) -> dict[str, bool]:
-    """Returns which layers hold, each tried out; the limit on CPU time comes with the job, which knows it."""
-    found = {layer.name: layer.available and layer.holds(limits) for layer in LAYERS}
-    return found | {"cpu": resource.getrlimit(resource.RLIMIT_CPU)[1] != resource.RLIM_INFINITY}
-
-
-def tier(layers: dict[str, bool]) -> str:
-    """Returns what the layers are worth: A and B are sandboxes, C is only a process with limits."""
-    if not layers.get("seccomp"):
-        return "C"
-    return "A" if layers.get("namespaces") and layers.get("landlock") else "B"
+OWN = (
+    Layer("session", lambda sandbox: os.setsid(), lambda sandbox: os.getsid(0) == os.getpid()),
+    Layer(
+        "dies_with_parent",
+        lambda sandbox: die_with(sandbox.parent),
+        lambda sandbox: linux.parent_death_signal() == signal.SIGKILL,
+        linux.AVAILABLE,
+    ),
+    Layer("processes", lambda sandbox: limit(resource.RLIMIT_NPROC, 0), _forks_fail),
+    Layer("cpu", lambda sandbox: limit(resource.RLIMIT_CPU, sandbox.limits.cpu_s), _cpu_is_limited),
+    Layer("descriptors", _keep_one_descriptor, _no_descriptor_opens),
+    Layer("seccomp", _install_filter, _calls_are_filtered, linux.AVAILABLE),
+)
+NAMES = tuple(layer.name for layer in (*INHERITED, *OWN))

@@ -17,8 +17,8 @@ from uvm import codec
 from uvm.capabilities import KINDS, missing
 from uvm.errors import DoesNotUnderstand, ValueNotStorable
 from uvm.hands.facades import Facade
-from uvm.hands.methods import compiled, filename
-from uvm.hands.natives import NATIVES, is_public
+from uvm.hands.methods import compiled
+from uvm.hands.natives import NATIVES, filename, is_public
 from uvm.hands.proxy import Proxy, to_proxies, to_refs
 
 Ask = Callable[[str, Any], Any]  # kind and payload of a question to the pool -> the answer's payload
@@ -29,6 +29,7 @@ class Thing:
     """One object as this run sees it.
 
     Attributes:
+        code: bytecode of methods that were compiled before, by selector.
         grants: kinds of its own grants, by slot.
         stored: encoded values as the image has them; None for a large one not asked for yet.
         values: what was read or assigned in this run.
@@ -39,6 +40,7 @@ class Thing:
     name: str | None
     parents: tuple[str, ...]
     methods: dict[str, str]
+    code: dict[str, bytes]
     stored: dict[str, bytes | None]
     grants: dict[str, str]
     values: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +55,7 @@ class Thing:
 def _thing(oid: str, view: dict[str, Any]) -> Thing:
     stored = view["slots"] | dict.fromkeys(view["large"])
     grants = view.get("grants", {})
-    return Thing(oid, view["name"], tuple(view["parents"]), view["methods"], stored, grants)
+    return Thing(oid, view["name"], tuple(view["parents"]), view["methods"], view["code"], stored, grants)
 
 
 class Session:
@@ -69,6 +71,8 @@ class Session:
     def __init__(self, ask: Ask, views: dict[str, Any], target: str, overlay: Mapping[str, str]) -> None:
         self._ask = ask
         self._things = {oid: _thing(oid, view) for oid, view in views.items()}
+        for selector in overlay:
+            self._things[target].code.pop(selector, None)
         self._things[target].methods.update(overlay)
         self._proxies: dict[str, Proxy] = {}
         self._created: dict[str, Thing] = {}  # by name
@@ -221,7 +225,8 @@ class Session:
 
     def _method(self, owner: Thing, selector: str, receiver: str) -> MethodType:
         file = filename(owner.name or owner.oid, selector)
-        return MethodType(compiled(owner.methods[selector], selector, file), self.proxy(receiver))
+        function = compiled(owner.methods[selector], selector, file, owner.code.get(selector))
+        return MethodType(function, self.proxy(receiver))
 
     def _value(self, thing: Thing, slot: str) -> Any:
         if slot not in thing.values:
@@ -268,7 +273,7 @@ class Session:
             )
         if name in self._created or self._ask("taken", name):
             raise ValueError(f"another object has the name '{name}'")
-        thing = Thing(f"new:{len(self._created) + 1}", name, (oid,), {}, {}, {}, kept=True)
+        thing = Thing(f"new:{len(self._created) + 1}", name, (oid,), {}, {}, {}, {}, kept=True)
         self._created[name] = self._things[thing.oid] = thing
         return self.proxy(thing.oid)
 

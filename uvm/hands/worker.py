@@ -12,160 +12,195 @@ import dataclasses
 import gc
 import io
 import os
-import resource
 import select
 import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from uvm.codec import encode
 from uvm.errors import DoesNotUnderstand, ValueNotStorable
 from uvm.guardian import PersistenceGuardian
-from uvm.hands import methods, sandbox
-from uvm.hands.frames import BURY, END, FORK, LENGTH, MAX_PRINTED, REQUEST, STATUS, pack, unpack
+from uvm.hands import methods
+from uvm.hands.frames import LENGTH, MAX_PRINTED, pack, unpack
+from uvm.hands.orders import BURY, CHECK, FORK, MAX_TOKENS, STATUS, unpack_order
 from uvm.hands.proxy import to_proxies
 from uvm.hands.reports import missed, raised, slot_missing
+from uvm.hands.sandbox import CHANNEL, Limits, Sandbox, die_with
 from uvm.hands.session import Session
 
-_REAP_S = 0.05  # how often the zygote looks after workers that it has ended
-_MAX_DESCRIPTORS = 64  # of the zygote; few, so that a worker can close them all one by one
+_REAP_S = 0.05  # how often the zygote looks after workers that it has killed
 _WARM_UPS = 50  # calls after which the interpreter has specialised the code that every call runs
-_EXHAUSTED = pack("exhausted", None)  # made beforehand: later there may be no memory to make it
+# Made beforehand: later there may be no memory to make them, and a new worker finds them warm.
+_READY, _EXHAUSTED = pack("ready", None), pack("exhausted", None)
 
 
-def main(control_fd: int, pool_pid: int, memory_mib: int) -> None:
+def main(control_fd: int, pool_pid: int) -> None:
     """Runs the zygote, and in each process that it forks, a worker.
 
     Args:
-        control_fd: descriptor of the socket over which the pool sends requests.
+        control_fd: descriptor of the socket over which the pool sends, first, the limits, then its orders.
         pool_pid: pid of the process that started this one.
-        memory_mib: address space that a worker may use beyond the zygote's, MiB.
     """
-    sandbox.harden(pool_pid)
-    sandbox.limit(resource.RLIMIT_NOFILE, _MAX_DESCRIPTORS)
+    die_with(pool_pid)
+    control = socket.socket(fileno=control_fd)
+    _, limits = unpack(control.recv(1 << 16))
+    sandbox = Sandbox(Limits(**limits), pool_pid)
     methods.preload()
     for _ in range(_WARM_UPS):
         _warm_up()
     gc.collect()
     gc.freeze()
-    zygote_pid, start_bytes = os.getpid(), sandbox.address_space()
-    channel = _Zygote(socket.socket(fileno=control_fd)).serve()
-    if channel is not None:
-        _Worker(sandbox.Limits(channel, zygote_pid, memory_mib, start_bytes)).serve()
+    _Zygote(control, sandbox).serve()
 
 
 class _Zygote:
-    def __init__(self, control: socket.socket) -> None:
-        self._control = control
-        self._pids: dict[int, int] = {}  # token -> pid of a worker not reaped yet
-        self._ended: set[int] = set()  # pids on their way out
+    """Obeys orders; `serve` returns in no worker.
 
-    def serve(self) -> int | None:
-        """Obeys until the pool hangs up; returns the socket's descriptor in a new worker, None at the end."""
+    Attributes:
+        refusal: the frame that a worker sends where the zygote's own layers could not be applied.
+    """
+
+    def __init__(self, control: socket.socket, sandbox: Sandbox) -> None:
+        self._control = control
+        self._sandbox = sandbox
+        self._pid = os.getpid()
+        self._pids: dict[int, int] = {}  # token -> pid of a worker not reaped yet
+        self._ends: dict[int, tuple[int, float]] = {}  # token -> exit status and CPU time of a reaped one
+        self._forgotten: set[int] = set()  # tokens of killed workers whose end interests nobody
+        self.refusal = b""
+        try:
+            sandbox.enclose()
+        except Exception as error:
+            self.refusal = _refused(error)
+
+    def serve(self) -> None:
+        """Obeys until the pool hangs up."""
         while True:
-            request, descriptors = self._next()
-            if not request:
-                self._end_all()
-                return None
-            verb, token = REQUEST.unpack(request)
-            if verb == FORK:
-                if self._fork(token, descriptors[0]) == 0:
-                    self._control.detach()  # the descriptor itself is closed by the lock-down
-                    return descriptors[0]
-                os.close(descriptors[0])
-            elif token in self._pids:
-                self._end(verb, token)
+            packet, descriptors = self._next()
+            if not packet:
+                break
+            verb, tokens = unpack_order(packet)
+            if verb in (FORK, CHECK):
+                for token, channel in zip(tokens, descriptors, strict=True):
+                    self._fork(token, channel, verb)
+                for channel in descriptors:
+                    os.close(channel)
+            else:
+                for token in tokens:
+                    self._end(token, verb)
+        for pid in self._pids.values():
+            _kill(pid)
 
     def _next(self) -> tuple[bytes, list[int]]:
         waiting = True
         while waiting:
-            self._ended = {pid for pid in self._ended if os.waitpid(pid, os.WNOHANG)[0] == 0}
-            waiting = not select.select([self._control], [], [], _REAP_S if self._ended else None)[0]
-        request, descriptors, *_ = socket.recv_fds(self._control, REQUEST.size, 1)
-        return request, descriptors
+            waiting = not select.select([self._control], [], [], _REAP_S if self._forgotten else None)[0]
+            self._reap()
+        packet, descriptors, *_ = socket.recv_fds(self._control, 1 << 10, MAX_TOKENS)
+        return packet, descriptors
 
-    def _fork(self, token: int, channel: int) -> int | None:
-        """Returns 0 in the worker; in the zygote its pid, or None where there can be no other process."""
+    def _fork(self, token: int, channel: int, verb: bytes) -> None:
+        if self.refusal:
+            os.write(channel, self.refusal)
+            return
         try:
             pid = os.fork()
         except OSError as error:
-            os.write(channel, pack("refused", f"no process can be forked: {error}"))
-            return None
-        if pid:
-            self._pids[token] = pid
-        return pid
+            os.write(channel, _refused(error))
+            return
+        if pid == 0:
+            _Worker(self._sandbox, self._pid, channel).serve(verb)
+        self._pids[token] = pid
 
-    def _end(self, verb: bytes, token: int) -> None:
-        pid = self._kill(token)
-        if verb == END:
-            self._ended.add(pid)
-        elif verb == BURY:
-            _, status, usage = os.wait4(pid, 0)
-            cpu_s = usage.ru_utime + usage.ru_stime
-            self._control.sendall(STATUS.pack(token, os.waitstatus_to_exitcode(status), cpu_s))
+    def _end(self, token: int, verb: bytes) -> None:
+        pid = self._pids.get(token)
+        if pid is not None:
+            _kill(pid)
+        if verb == BURY:
+            while token in self._pids:
+                self._reap(0)
+            self._control.send(STATUS.pack(token, *self._ends.get(token, (1, 0.0))))
+        if self._ends.pop(token, None) is None and pid is not None:
+            self._forgotten.add(token)
 
-    def _kill(self, token: int) -> int:
-        """Kills a worker and what it has started; returns its pid, which stays its own until it is reaped."""
-        pid = self._pids.pop(token)
-        for kill in (os.kill, os.killpg):
-            with contextlib.suppress(ProcessLookupError):  # the leader of no group yet
-                kill(pid, signal.SIGKILL)
-        return pid
+    def _reap(self, flags: int = os.WNOHANG) -> None:
+        """Takes notice of workers that have ended, and ends what they have left behind."""
+        while self._pids:
+            pid, status, usage = os.wait4(-1, flags)
+            if pid == 0:
+                return
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)  # its number is not given away again so soon
+            token = next(token for token, known in self._pids.items() if known == pid)
+            del self._pids[token]
+            if token in self._forgotten:
+                self._forgotten.discard(token)
+            else:
+                cpu_s = usage.ru_utime + usage.ru_stime
+                self._ends[token] = os.waitstatus_to_exitcode(status), cpu_s
+            flags |= os.WNOHANG
 
-    def _end_all(self) -> None:
-        self._ended |= {self._kill(token) for token in list(self._pids)}
-        for pid in self._ended:
-            os.waitpid(pid, 0)
+
+def _kill(pid: int) -> None:
+    for kill in (os.kill, os.killpg):
+        with contextlib.suppress(ProcessLookupError):  # the leader of no group yet
+            kill(pid, signal.SIGKILL)
+
+
+def _refused(error: BaseException) -> bytes:
+    return pack("refused", f"{type(error).__name__}: {error}")
 
 
 class _Worker:
-    def __init__(self, limits: sandbox.Limits) -> None:
-        self._limits = limits
-        self._channel = socket.socket(fileno=limits.channel)
-        self._jobs: dict[str, Callable[[dict[str, Any]], bytes]] = {
+    """One process, one job.
+
+    Args:
+        parent: pid of the zygote.
+        channel: descriptor of the socket that leads to the pool.
+    """
+
+    def __init__(self, sandbox: Sandbox, parent: int, channel: int) -> None:
+        self._sandbox = sandbox
+        self._parent = parent
+        self._channel = channel
+        self._jobs: dict[str, Callable[[Any], bytes]] = {
             "call": self._call,
             "audit": self._audit,
-            "check": self._check,
+            "compile": self._compile,
         }
 
-    def serve(self) -> None:
+    def serve(self, verb: bytes) -> NoReturn:
         """Locks the process down, serves one job, and ends the process."""
         try:
-            sandbox.lock_down(self._limits)
+            self._take_channel()
+            if verb == CHECK:
+                _write(pack("checked", self._sandbox.check(self._parent)))
+                os._exit(0)
+            self._sandbox.lock_down(self._parent)
         except Exception as error:
-            self._channel.sendall(pack("refused", f"{type(error).__name__}: {error}"))
+            _write(_refused(error))
             os._exit(1)
-        self._channel.detach()
-        self._channel = socket.socket(fileno=sandbox.CHANNEL)
-        self._channel.sendall(pack("ready", None))
+        _warm_up()  # touches what a call needs: its pages are copied now, while nobody waits
+        _write(_READY)
         try:
-            kind, job = self._receive()
-            sandbox.limit(resource.RLIMIT_CPU, job["cpu_s"])
+            kind, job = _receive()
             answer = self._jobs[kind](job)
         except MemoryError:
             answer = _EXHAUSTED
-        self._channel.sendall(answer)
+        _write(answer)
         os._exit(0)
 
-    def _receive(self) -> tuple[str, Any]:
-        (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
-        return unpack(self._exactly(length))
-
-    def _exactly(self, size: int) -> bytes:
-        data = bytearray(size)
-        rest = memoryview(data)
-        while rest:
-            count = self._channel.recv_into(rest)
-            if count == 0:  # the pool has no use for this worker any more
-                os._exit(0)
-            rest = rest[count:]
-        return bytes(data)
+    def _take_channel(self) -> None:
+        os.dup2(0, 1)  # the zygote's stdin is /dev/null
+        os.dup2(0, 2)
+        if self._channel != CHANNEL:
+            os.dup2(self._channel, CHANNEL)
 
     def _ask(self, kind: str, payload: Any) -> Any:
-        self._channel.sendall(pack(kind, payload))
-        return self._receive()[1]
+        _write(pack(kind, payload))
+        return _receive()[1]
 
     def _call(self, job: dict[str, Any]) -> bytes:
         session = Session(self._ask, job["views"], job["target"], job["overlay"])
@@ -191,24 +226,53 @@ class _Worker:
         told = {"source": audit.source, "findings": findings, "doc": audit.doc}
         return pack("audited", told | {"parameters": list(audit.parameters)})
 
-    def _check(self, job: dict[str, Any]) -> bytes:
-        return pack("checked", sandbox.check(self._limits))
+    def _compile(self, job: list[list[str]]) -> bytes:
+        return pack("compiled", [methods.bytecode(source, file) for source, file in job])
+
+
+def _write(frame: bytes) -> None:
+    rest = memoryview(frame)
+    while rest:
+        rest = rest[os.write(CHANNEL, rest) :]
+
+
+def _receive() -> tuple[str, Any]:
+    (length,) = LENGTH.unpack(_exactly(LENGTH.size))
+    return unpack(_exactly(length))
+
+
+def _exactly(size: int) -> bytes:
+    parts = []
+    while size:
+        part = os.read(CHANNEL, size)
+        if not part:  # the pool has no use for this worker any more
+            os._exit(0)
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 def _warm_up() -> None:
-    """Runs a call of its own in the zygote, so that a worker finds the code specialised by the interpreter.
+    """Runs a call of its own.
 
-    Specialising writes into the code; done in a worker, it would cost a copy of each page that it touches.
+    In the zygote, so that a worker finds the code specialised by the interpreter, which writes into the code;
+    in a worker, so that the pages which every call writes to are its own before the job comes.
     """
-    source = "def warm(self, x):\n    return x\n"
-    view: dict[str, Any] = {"name": None, "parents": [], "slots": {"n": encode(1)}, "large": []}
-    job = {"target": "", "selector": "warm", "args": [1], "kwargs": {}, "overlay": {}}
-    _, read = unpack(
-        pack("call", {**job, "views": {"": {**view, "methods": {"warm": source}}}})[LENGTH.size :]
-    )
-    session = Session(lambda kind, payload: None, read["views"], read["target"], read["overlay"])
-    unpack(pack("returned", _handed_in(session, _send(session, read), _Printed()))[LENGTH.size :])
+    _, job = unpack(_WARM_JOB[LENGTH.size :])
+    session = Session(lambda kind, payload: None, job["views"], job["target"], job["overlay"])
+    pack("returned", _handed_in(session, _send(session, job), _Printed()))
     methods.compiled.cache_clear()
+
+
+def _warm_job() -> bytes:
+    source = "def warm(self, x):\n    return x\n"
+    code = {"warm": methods.bytecode(source, "warm")}
+    view = {"name": None, "parents": [], "slots": {"n": encode(1)}, "large": [], "code": code}
+    job = {"target": "", "selector": "warm", "args": [1], "kwargs": {}, "overlay": {}}
+    return pack("call", {**job, "views": {"": {**view, "methods": {"warm": source}}}})
+
+
+_WARM_JOB = _warm_job()
 
 
 class _Printed(io.StringIO):

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import socket
 import subprocess
 import sys
-from itertools import count
+from collections.abc import Iterable, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from uvm.errors import HandOutputTooLarge, MalformedMessage
-from uvm.hands.frames import BURY, END, FORK, LENGTH, REQUEST, STATUS, unpack
+from uvm.hands.frames import LENGTH, pack, unpack
+from uvm.hands.orders import BURY, CHECK, END, FORK, MAX_TOKENS, STATUS, pack_order
+from uvm.hands.sandbox import Limits
 
 _ROOT = Path(__file__).resolve().parents[2]
 _BOOT = (
@@ -54,9 +58,14 @@ class Hand:
         self._heard = 0  # frames, of which the first says that the worker is ready
         self._unread = True  # whether the worker can't have read its job
         self._news: asyncio.Future[None] | None = None
+        self._watched = False
         channel.setblocking(False)
         self._fd = channel.fileno()
-        self._loop.add_reader(self._fd, self._receive)
+
+    def look(self) -> None:
+        """Reads what has come; a spare is not watched, so that making one never wakes the loop."""
+        if not self.ended:
+            self._receive()
 
     async def send(self, frame: bytes) -> None:
         """Sends a frame; to a worker that is no longer there, in vain, as `frame` will tell."""
@@ -77,6 +86,9 @@ class Hand:
         while (body := self._take()) is None:
             if self.ended:
                 raise HandGone(self._unread)
+            if not self._watched:
+                self._watched = True
+                self._loop.add_reader(self._fd, self._receive)
             self._news = self._loop.create_future()
             await self._news
         self._heard += 1
@@ -84,9 +96,10 @@ class Hand:
 
     def close(self) -> None:
         """Closes the socket, which ends a worker that waits for a job."""
-        self.closed = True
-        self._loop.remove_reader(self._fd)
-        self._channel.close()
+        if not self.closed:
+            self.closed = True
+            self._unwatch()
+            self._channel.close()
 
     def _receive(self) -> None:
         try:
@@ -99,9 +112,14 @@ class Hand:
         self._buffer += data
         self.ended = not data
         if self.ended or len(self._buffer) > self._limit + LENGTH.size:  # enough for any honest frame
-            self._loop.remove_reader(self._fd)
+            self._unwatch()
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
+
+    def _unwatch(self) -> None:
+        if self._watched:
+            self._watched = False
+            self._loop.remove_reader(self._fd)
 
     def _take(self) -> bytes | None:
         """Returns the body of the frame in the buffer, or None while it is not complete."""
@@ -123,35 +141,53 @@ class Zygote:
     """The kernel's handle on the process that forks workers; it must be closed or lost.
 
     Args:
-        memory_mib: address space that a worker may use beyond the zygote's, MiB.
+        limits: the layers of the sandbox need them.
         output_bytes: longest frame that is read from a hand.
     """
 
-    def __init__(self, memory_mib: int, output_bytes: int) -> None:
+    def __init__(self, limits: Limits, output_bytes: int) -> None:
         self.alive = True
         self._output_bytes = output_bytes
         self._tokens = count(1)
         self._graves: dict[int, asyncio.Future[tuple[int, float] | None]] = {}
         self._loop = asyncio.get_running_loop()
-        self._control, theirs = socket.socketpair()
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._process = _start(theirs.fileno(), memory_mib)
+            self._process = _start(theirs.fileno())
         self._control.setblocking(False)
         self._loop.add_reader(self._control, self.look)
+        self._send(pack("limits", dataclasses.asdict(limits))[LENGTH.size :])
 
-    def fork(self) -> Hand:
-        """Returns a hand whose worker is being made; a job can be sent at once."""
-        token = next(self._tokens)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._send(FORK, token, [theirs.fileno()])
-        return Hand(token, ours, self._output_bytes)
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
 
-    def end(self, hand: Hand) -> None:
-        """Kills the worker, if it is still there, with all that it started; not needed after `bury`."""
-        if not hand.closed:
+    def fork(self, number: int, verb: bytes = FORK) -> list[Hand]:
+        """Returns hands whose workers are being made; a job can be sent at once."""
+        hands = []
+        while number > 0:
+            tokens = list(islice(self._tokens, min(number, MAX_TOKENS)))
+            pairs = [socket.socketpair() for _ in tokens]
+            self._send(pack_order(verb, tokens), [theirs.fileno() for _, theirs in pairs])
+            for token, (ours, theirs) in zip(tokens, pairs, strict=True):
+                theirs.close()
+                hands.append(Hand(token, ours, self._output_bytes))
+            number -= len(tokens)
+        return hands
+
+    def examiner(self) -> Hand:
+        """Returns a hand that tries the sandbox out, says so, and ends."""
+        return self.fork(1, CHECK)[0]
+
+    def end(self, hands: Iterable[Hand]) -> None:
+        """Kills the workers, if they are still there, with all that they started; not needed after `bury`."""
+        tokens = []
+        for hand in hands:
             hand.close()
-            self._send(END, hand.token)
+            tokens.append(hand.token)
+        for start in range(0, len(tokens), MAX_TOKENS):
+            self._send(pack_order(END, tokens[start : start + MAX_TOKENS]))
 
     async def bury(self, hand: Hand) -> tuple[int, float] | None:
         """Ends a worker whose socket has closed.
@@ -162,7 +198,7 @@ class Zygote:
         """
         hand.close()
         grave = self._graves[hand.token] = self._loop.create_future()
-        self._send(BURY, hand.token)
+        self._send(pack_order(BURY, [hand.token]))
         try:
             async with asyncio.timeout(_END_S):
                 return await grave if self.alive else None
@@ -194,10 +230,10 @@ class Zygote:
                 if not grave.done():
                     grave.set_result(None)
 
-    def _send(self, verb: bytes, token: int, descriptors: list[int] | None = None) -> None:
+    def _send(self, packet: bytes, descriptors: Sequence[int] = ()) -> None:
         if self.alive:
             try:
-                socket.send_fds(self._control, [REQUEST.pack(verb, token)], descriptors or [])
+                socket.send_fds(self._control, [packet], descriptors)
             except OSError:  # it died, or has not listened for a long time
                 self.lose()
 
@@ -219,12 +255,12 @@ class Zygote:
             self._graves[token].set_result((status, cpu_s))
 
 
-def _start(control_fd: int, memory_mib: int) -> subprocess.Popen[bytes]:
+def _start(control_fd: int) -> subprocess.Popen[bytes]:
     """Starts the zygote with nothing of this process but one socket, and errors going to our stderr."""
     command = [sys.executable, "-I", "-X", "utf8", "-W", "ignore", "-c", _BOOT]
     return subprocess.Popen(
-        [*command, str(_ROOT), str(control_fd), str(os.getpid()), str(memory_mib)],
-        env={},
+        [*command, str(_ROOT), str(control_fd), str(os.getpid())],
+        env={"LD_BIND_NOW": "1"},  # all is resolved once, not again by each worker
         cwd="/",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
