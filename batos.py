@@ -41,7 +41,7 @@ from uvm.objects import Objects
 from uvm.psm import PrototypalStateMachine
 
 CODEX = PROJECT / "codex"
-CODE = ("uvm", "terminal", "codex", "evals", "bench", "tests", "docs", "batos.py", "config.py", ".git")
+CODE = ("uvm", "terminal", "codex", "evals", "bench", "tests", "docs", ".git", ".venv")
 EXIT_CANNOT_START = 2
 GRACE_S = 3.0
 USER = "architect"
