@@ -188,6 +188,9 @@ OUT = [
     "link",
     "inner",
     "dirlink/secret",
+    "dirlink/other",
+    "dirlink/new",
+    "../outside/other",
 ]
 ODD = ["a\x00b", "a\nb", "a\\b", ".batos-a", "sub/.batos-a", "x" * 256, "x/" * 40 + "x", "\ud800", "é" * 200]
 SPECIAL = ["fifo", "socket", "twice", "link/x", "fifo/x"]
@@ -199,7 +202,8 @@ async def trapped(world: World) -> World:
     await world.grant_files()
     outside = world.home / "outside"
     outside.mkdir()
-    (outside / "secret").write_text("secret")
+    (outside / "secret").write_text("secret")  # has a second name, in the folder
+    (outside / "other").write_text("other")
     (world.folder / "sub").mkdir()
     (world.folder / "file").write_text("file")
     (world.folder / "link").symlink_to(outside / "secret")
@@ -232,7 +236,8 @@ async def test_no_path_leads_out(trapped: World, path: str) -> None:
             assert await call.files("exists", path) is False
         call.uses.keep()
     assert (trapped.home / "outside" / "secret").read_text() == "secret"
-    assert os.listdir(trapped.home / "outside") == ["secret"]
+    assert sorted(os.listdir(trapped.home / "outside")) == ["other", "secret"]
+    assert (trapped.home / "outside" / "other").read_text() == "other"
 
 
 async def test_only_plain_files_and_folders_are_listed(trapped: World) -> None:

@@ -170,7 +170,8 @@ async def test_a_handshake_that_does_not_end_is_a_timeout_too() -> None:
     place = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
     with pytest.raises(TimeoutError):
         await web.fetch("GET", f"https://{place}/", None, hosts=[place], max_bytes=9, timeout_s=0.3)
-    await ended.wait()  # the connection was closed, not forgotten
+    async with asyncio.timeout(20):
+        await ended.wait()  # the connection was closed, not forgotten
     listening.close()
 
 

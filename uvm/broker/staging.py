@@ -123,8 +123,7 @@ class StagedFiles:
             raise failed
 
     def tpc_abort(self, _: Any) -> None:
-        """Removes whatever was written, and forgets the changes."""
-        self.changes = {}
+        """Removes whatever was written."""
         for ready in self._ready:
             if ready.temporary is not None:
                 with contextlib.suppress(FileNotFoundError):
