@@ -119,11 +119,14 @@ class Kernel:
         """Starts organ after organ; `closing` receives what ends each, for whoever unwinds."""
         settings = self._settings
         self._hands = HandPool(
-            count=settings.HAND_COUNT, timeout_s=settings.HAND_TIMEOUT_S, memory_mib=settings.HAND_MEMORY_MIB
+            count=settings.HAND_COUNT,
+            timeout_s=settings.HAND_TIMEOUT_S,
+            memory_mib=settings.HAND_MEMORY_MIB,
+            allow_weak=settings.ALLOW_WEAK_SANDBOX,
         )
         closing.append(self._hands.close)
         await self._hands.start()  # before any key is read: a hand must not inherit one
-        say(f"Hands: {settings.HAND_COUNT}, tier {self._hands.tier}")
+        self._tell_of_hands()
         self._log = MetacognitionLog(settings.METACOGNITION_LOG_FILE)
         closing.append(self._log.close)
         self._image = LivingImage(settings.DB_FILE, settings.BLOB_DIR, self._committed)
@@ -144,6 +147,22 @@ class Kernel:
         if resumed:
             say(f"Missions taken up from the journal: {resumed}")
         say("System is live. Awaiting Architect's command...")
+
+    def _tell_of_hands(self) -> None:
+        tier, layers = self._hands.tier, self._hands.layers
+        missing = ", ".join(name for name, holds in layers.items() if not holds)
+        walls = f"{sum(layers.values())} of {len(layers)} layers hold"
+        say(f"Hands: {self._settings.HAND_COUNT}, tier {tier}: {walls}" + f"; not: {missing}" * bool(missing))
+        if tier == "C":
+            allowed = self._settings.ALLOW_WEAK_SANDBOX
+            say(
+                "Without seccomp there is no sandbox: generated code "
+                + (
+                    "runs all the same, as ALLOW_WEAK_SANDBOX says"
+                    if allowed
+                    else "is refused (ALLOW_WEAK_SANDBOX)"
+                )
+            )
 
     def _build_organs(self) -> None:
         settings = self._settings

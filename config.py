@@ -113,6 +113,9 @@ class Settings(BaseSettings):
     HAND_MEMORY_MIB: int = Field(default=512, ge=32)
     """Memory limit of one message, in MiB."""
 
+    ALLOW_WEAK_SANDBOX: bool = False
+    """Whether generated code runs where the system has no sandbox for it (tier C; see docs/SECURITY.md)."""
+
     AUTOTELIC_INTERVAL_S: float = Field(default=3600.0, ge=1)
     """Seconds between two heartbeats of the autotelic loop. (No organ reads this yet.)"""
     APPROVAL: Literal["auto"] = "auto"

@@ -45,8 +45,11 @@ def start_kernel(tmp_path: Path) -> Iterator[Start]:
     """Starts real kernels; the same `home` again is the same image. All are killed in the end."""
     started: list[KernelProcess] = []
 
-    def start(settings: Mapping[str, str], home: str = "home") -> KernelProcess:
+    def start(
+        settings: Mapping[str, str], home: str = "home", environment: Mapping[str, str] | None = None
+    ) -> KernelProcess:
         kernel = KernelProcess(tmp_path / home, settings)
+        kernel.environment.update(environment or {})
         started.append(kernel)
         kernel.start()
         return kernel

@@ -14,7 +14,7 @@ from uvm.hands.pool import HandPool
 
 HANG = """def hang(self):
     import random
-    self.clone(f"pid{random._os.getpid()}_{random._os.getppid()}")
+    self.clone(f"pid{random._os.getpid()}")
     while True:
         pass"""
 
@@ -65,7 +65,9 @@ class Garden:
         """Returns a call that never ends by itself, the pid of its worker and that of the zygote."""
         task = asyncio.create_task(self.do(HANG))
         await until(lambda: bool(self.found), "the method runs")
-        worker, zygote = map(int, self.found.pop().removeprefix("pid").split("_"))
+        worker, zygote = int(self.found.pop().removeprefix("pid")), self.pool.zygote_pid
+        assert worker > 1
+        assert zygote is not None
         return task, worker, zygote
 
 
@@ -94,6 +96,12 @@ def children(parent: int) -> set[int]:
     """Returns the pids of the living children of a process."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
     return {pid for pid in pids if (found := _stat(pid)) and found[1] == parent and not gone(pid)}
+
+
+def zombies(parent: int) -> set[int]:
+    """Returns the pids of ended children that their parent has not taken notice of."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return {pid for pid in pids if (found := _stat(pid)) and found == ("Z", parent)}
 
 
 def _stat(pid: int) -> tuple[str, int] | None:

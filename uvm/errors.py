@@ -29,7 +29,8 @@
     │   ├── HandOutputTooLarge   its answer was larger than allowed
     │   ├── HandDied             its process ended without an answer
     │   ├── WriteSetRefused      it tried to change what a method may not change
-    │   └── FilesNotWritten      what it wrote through a grant could not be put on disk
+    │   ├── FilesNotWritten      what it wrote through a grant could not be put on disk
+    │   └── SandboxTooWeak       it was not run at all: this system offers no sandbox
     ├── MissionError
     │   ├── MissionFailed        the cycle ended in FAILED; the details hold the findings
     │   └── MissionCancelled
@@ -183,6 +184,10 @@ class WriteSetRefused(MethodError):
 
 
 class FilesNotWritten(MethodError):
+    pass
+
+
+class SandboxTooWeak(MethodError):
     pass
 
 

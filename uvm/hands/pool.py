@@ -26,6 +26,7 @@ from uvm.errors import (
     MalformedMessage,
     MethodError,
     QueueFull,
+    SandboxTooWeak,
     ShuttingDown,
 )
 from uvm.guardian import Audit
@@ -40,7 +41,7 @@ from uvm.hands.zygote import Hand, HandGone, Zygote
 
 _READY_S = 30.0  # a worker that takes longer to lock itself down is given up
 _TRIES = 3  # workers that may be found dead before one reads the job
-_STOCK = 12  # workers kept ready beside one for each call that may run at once
+STOCK = 12  # workers kept ready beside one for each call that may run at once
 _RENEW_S = 0.03  # a burst of calls is not slowed by the making of new workers before this is over
 
 # A frame's kind and payload -> the reply, at once or later; None for a last frame.
@@ -56,6 +57,7 @@ class HandPool:
         memory_mib: address space of a worker beyond what it starts with, MiB.
         output_bytes: longest frame that a hand may send.
         waiting: calls that may wait for their turn.
+        allow_weak: whether generated code may run where the sandbox is no more than tier C.
         without: layers of the sandbox to leave out; for measurements of what each one stops.
 
     Attributes:
@@ -73,6 +75,7 @@ class HandPool:
         memory_mib: int,
         output_bytes: int = 8 << 20,
         waiting: int = 1000,
+        allow_weak: bool = False,
         without: Sequence[str] = (),
     ) -> None:
         self.layers: dict[str, bool] = {}
@@ -84,6 +87,7 @@ class HandPool:
         self._limits = Limits(memory_mib, _cpu_s(timeout_s), without=tuple(without))
         self._output_bytes = output_bytes
         self._most_waiting = waiting
+        self._allow_weak = allow_weak
         self._waiting = 0
         self._turns = asyncio.Semaphore(count)
         self._spares: deque[Hand] = deque()
@@ -116,6 +120,19 @@ class HandPool:
         """Process id of the process that makes the hands; None where there is none."""
         return None if self._zygote is None else self._zygote.pid
 
+    def require_walls(self) -> None:
+        """Makes sure that generated code may run here.
+
+        Raises:
+            SandboxTooWeak: there is no sandbox, and the Architect has not allowed to go without.
+        """
+        if self.tier == "C" and not self._allow_weak:
+            raise SandboxTooWeak(
+                "generated code is not run: without seccomp, which is missing here, a hostile method could read "
+                "your files; BATOS_ALLOW_WEAK_SANDBOX=true runs it all the same",
+                tier=self.tier,
+            )
+
     async def run(
         self,
         call: Call,
@@ -138,7 +155,9 @@ class HandPool:
             HandTimeout, HandOutOfMemory, HandOutputTooLarge, HandDied: the hand ended without a result.
             ObjectNotFound: the call's target is not there.
             QueueFull, ShuttingDown: it did not get its turn.
+            SandboxTooWeak: nothing generated runs here.
         """
+        self.require_walls()
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         talk = Conversation(call, host, self._bytecode, overlay)
         endings: dict[str, Callable[[Any], BatosError]] = {
@@ -349,7 +368,7 @@ class HandPool:
         if self._zygote is not None and self._zygote.alive:
             self._zygote.end(self._done)
             self._done.clear()
-            self._spares.extend(self._zygote.fork(self._count + _STOCK - len(self._spares)))
+            self._spares.extend(self._zygote.fork(self._count + STOCK - len(self._spares)))
 
 
 async def _off_the_clock(clock: asyncio.Timeout, reply: Awaitable[bytes]) -> bytes:

@@ -83,10 +83,8 @@ class _Zygote:
                 break
             verb, tokens = unpack_order(packet)
             if verb in (FORK, CHECK):
-                for token, channel in zip(tokens, descriptors, strict=True):
-                    self._fork(token, channel, verb)
-                for channel in descriptors:
-                    os.close(channel)
+                for token in tokens:
+                    self._fork(token, descriptors, verb)
             else:
                 for token in tokens:
                     self._end(token, verb)
@@ -101,18 +99,21 @@ class _Zygote:
         packet, descriptors, *_ = socket.recv_fds(self._control, 1 << 10, MAX_TOKENS)
         return packet, descriptors
 
-    def _fork(self, token: int, channel: int, verb: bytes) -> None:
-        if self.refusal:
-            os.write(channel, self.refusal)
-            return
+    def _fork(self, token: int, channels: list[int], verb: bytes) -> None:
+        """Makes a worker; it takes the first of the channels, and none of those of its siblings."""
+        channel = channels.pop(0)
+        refusal, pid = self.refusal, None
         try:
-            pid = os.fork()
+            pid = os.fork() if not refusal else None
         except OSError as error:
-            os.write(channel, _refused(error))
-            return
+            refusal = _refused(error)
         if pid == 0:
-            _Worker(self._sandbox, self._pid, channel).serve(verb)
-        self._pids[token] = pid
+            _Worker(self._sandbox, self._pid, channel, channels).serve(verb)
+        if pid is not None:
+            self._pids[token] = pid
+        with contextlib.suppress(OSError):  # the pool may have given the worker up by now
+            os.write(channel, refusal)
+        os.close(channel)
 
     def _end(self, token: int, verb: bytes) -> None:
         pid = self._pids.get(token)
@@ -159,12 +160,14 @@ class _Worker:
     Args:
         parent: pid of the zygote.
         channel: descriptor of the socket that leads to the pool.
+        others: those of workers to come.
     """
 
-    def __init__(self, sandbox: Sandbox, parent: int, channel: int) -> None:
+    def __init__(self, sandbox: Sandbox, parent: int, channel: int, others: list[int]) -> None:
         self._sandbox = sandbox
         self._parent = parent
         self._channel = channel
+        self._others = others
         self._jobs: dict[str, Callable[[Any], bytes]] = {
             "call": self._call,
             "audit": self._audit,
@@ -172,27 +175,35 @@ class _Worker:
         }
 
     def serve(self, verb: bytes) -> NoReturn:
-        """Locks the process down, serves one job, and ends the process."""
+        """Locks the process down, serves one job, and ends the process, whatever happens."""
         try:
             self._take_channel()
-            if verb == CHECK:
-                _write(pack("checked", self._sandbox.check(self._parent)))
-                os._exit(0)
+            _write(self._examine() if verb == CHECK else self._answer())
+        finally:
+            os._exit(0)
+
+    def _examine(self) -> bytes:
+        try:
+            return pack("checked", self._sandbox.check(self._parent))
+        except Exception as error:
+            return _refused(error)
+
+    def _answer(self) -> bytes:
+        try:
             self._sandbox.lock_down(self._parent)
         except Exception as error:
-            _write(_refused(error))
-            os._exit(1)
+            return _refused(error)
         _warm_up()  # touches what a call needs: its pages are copied now, while nobody waits
         _write(_READY)
         try:
             kind, job = _receive()
-            answer = self._jobs[kind](job)
+            return self._jobs[kind](job)
         except MemoryError:
-            answer = _EXHAUSTED
-        _write(answer)
-        os._exit(0)
+            return _EXHAUSTED
 
     def _take_channel(self) -> None:
+        for other in self._others:
+            os.close(other)
         os.dup2(0, 1)  # the zygote's stdin is /dev/null
         os.dup2(0, 2)
         if self._channel != CHANNEL:
@@ -267,7 +278,7 @@ def _warm_up() -> None:
 def _warm_job() -> bytes:
     source = "def warm(self, x):\n    return x\n"
     code = {"warm": methods.bytecode(source, "warm")}
-    view = {"name": None, "parents": [], "slots": {"n": encode(1)}, "large": [], "code": code}
+    view: dict[str, Any] = {"name": None, "parents": [], "slots": {"n": encode(1)}, "large": [], "code": code}
     job = {"target": "", "selector": "warm", "args": [1], "kwargs": {}, "overlay": {}}
     return pack("call", {**job, "views": {"": {**view, "methods": {"warm": source}}}})
 

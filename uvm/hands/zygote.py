@@ -64,8 +64,8 @@ class Hand:
 
     def look(self) -> None:
         """Reads what has come; a spare is not watched, so that making one never wakes the loop."""
-        if not self.ended:
-            self._receive()
+        while self._receive():
+            pass
 
     async def send(self, frame: bytes) -> None:
         """Sends a frame; to a worker that is no longer there, in vain, as `frame` will tell."""
@@ -101,20 +101,25 @@ class Hand:
             self._unwatch()
             self._channel.close()
 
-    def _receive(self) -> None:
+    def _receive(self) -> bool:
+        """Takes in what has come; returns whether there may be more."""
+        if self.ended:
+            return False
         try:
             data = self._channel.recv(_CHUNK)
         except BlockingIOError:
-            return
+            return False
         except ConnectionResetError:  # it ended with a frame of ours still in its socket
             self._unread = self._heard == 1
             data = b""
         self._buffer += data
         self.ended = not data
-        if self.ended or len(self._buffer) > self._limit + LENGTH.size:  # enough for any honest frame
+        full = len(self._buffer) > self._limit + LENGTH.size  # enough for any honest frame
+        if self.ended or full:
             self._unwatch()
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
+        return not full
 
     def _unwatch(self) -> None:
         if self._watched:
