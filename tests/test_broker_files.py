@@ -434,7 +434,8 @@ async def test_savepoints_neither_lose_nor_leak_writes(world: World) -> None:
         await call.files("write_text", "a", "a")
         call.uses.keep()
         writes = {world.oid: SlotChanges({"count": 1}, ())}
-        assert messenger.lost_in_storage(txn, Outcome(None, writes, (), {}, "", 0.0)) == []
+        seen = {world.oid: txn.edition(txn.find(HOLDER))}
+        assert messenger.lost_in_storage(txn, Outcome(None, writes, (), {}, "", 0.0, seen)) == []
         before = txn.savepoint()
         later = world.call(txn)
         await later.files("write_text", "b", "b")

@@ -145,6 +145,129 @@ def test_hostile_payloads_are_malformed(payload: bytes) -> None:
         decode(payload)
 
 
+# What costs more than its bytes are worth
+
+
+def nested(payload: bytes, code: int = 4) -> bytes:
+    """Returns an extension around MessagePack data: a set by default."""
+    return b"\xc9" + len(payload).to_bytes(4, "big") + bytes([code]) + payload
+
+
+def items(count: int, payload: bytes) -> bytes:
+    return b"\xdd" + count.to_bytes(4, "big") + payload
+
+
+COLLIDING = [n * (2**61 - 1) for n in range(2000)]  # all of them have the hash 0
+PAIRS = [(n, 0) for n in COLLIDING]  # and so do these among each other
+
+
+def deep_in_extensions(extensions: int, lists: int) -> bytes:
+    """Returns lists in extensions in lists …: unpacked each inside the other, they exhausted the stack."""
+    payload = b"\x01"
+    for _ in range(extensions):
+        payload = nested(b"\x91" * lists + payload, 3)
+    return b"\x91" + payload
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (nested(items(len(COLLIDING), b"".join(map(encode, COLLIDING)))), "same hash"),
+        (nested(items(len(COLLIDING), b"".join(map(encode, COLLIDING))), 5), "same hash"),
+        (nested(items(len(PAIRS), b"".join(map(encode, PAIRS)))), "same hash"),
+        (
+            nested(items(len(COLLIDING), b"".join(b"\x92" + encode(n) + b"\xc0" for n in COLLIDING)), 6),
+            "hash",
+        ),
+        (ormsgpack.packb(ormsgpack.Ext(13, b"\x92" + encode(1 << 40_000) + b"\x03")), "too large"),
+        (ormsgpack.packb(ormsgpack.Ext(12, b"1E+999999999")), "too large"),
+        (ormsgpack.packb(ormsgpack.Ext(12, b"1e-999999999")), "too large"),
+        (items(2_000_000, b"\x90" * 2_000_000), "1,000,000 parts"),
+        (items(2_000_000, b"\x80" * 2_000_000), "1,000,000 parts"),
+        (items(2_000_000, b"\xa1\x80" * 2_000_000), "1,000,000 parts"),
+        (nested(items(2_000_000, b"\x90" * 2_000_000), 3), "1,000,000 parts"),
+        (items(1_500_000, b"\xd4\x04\x90" * 1_500_000), "1,000,000 parts"),
+        (items(2**32 - 1, b""), "end of file"),
+        (deep_in_extensions(60, 900), "nested deeper"),
+        (deep_in_extensions(5000, 1), "nested deeper"),
+        (deep_in_extensions(5000, 0), "without items"),
+        (deep_in_extensions(60, 2), "nested deeper"),
+    ],
+)
+def test_what_would_cost_too_much_is_malformed(payload: bytes, reason: str) -> None:
+    with pytest.raises(MalformedMessage, match=reason):
+        decode(payload)
+
+
+@pytest.mark.parametrize("number", [1, 3.5])
+def test_a_date_in_an_extension_that_holds_none_is_malformed(number: float) -> None:
+    for code in (2, 7, 8, 9, 10, 11, 13):
+        payload = ormsgpack.packb(ormsgpack.Ext(code, encode([dt.date(2024, 1, 1), number])))
+        with pytest.raises(MalformedMessage):
+            decode(payload)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (set(COLLIDING), "same hash"),
+        (frozenset(PAIRS), "same hash"),
+        (dict.fromkeys(COLLIDING), "same hash"),
+        (Fraction(1 << 40_000, 3), "too large"),
+        (Decimal("1E+999999999"), "too large"),
+        ([[] for _ in range(1_100_000)], "parts"),
+    ],
+    ids=range(6),
+)
+def test_what_could_not_be_read_again_is_not_written(value: Any, reason: str) -> None:
+    with pytest.raises(ValueNotStorable, match=reason):
+        encode([value])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {f"word{n}" for n in range(100_000)},
+        set(range(-50_000, 50_000)),
+        {n * 1000003 for n in range(100_000)} | {2**62, 2**63, -(2**70)},
+        {n / 7 for n in range(100_000)},
+        {2.0**n for n in range(-1074, 1024)},
+        {2**n for n in range(3000)},
+        {(n, -n, str(n)) for n in range(30_000)},
+        {n: {"n": [n]} for n in range(30_000)},
+        {Fraction(n, 7) for n in range(1000)} | {Decimal(n) / 7 for n in range(1, 1000)},
+        {dt.datetime(2024, 1, 1, tzinfo=dt.UTC) + dt.timedelta(seconds=n) for n in range(10_000)},
+        [Decimal("1E+999999"), Decimal("-Infinity"), Decimal("1E-1000000"), 7**100_000],
+        list(range(1_200_000)),
+        ["слово " * 20] * 20_000,
+        [b"\x90" * 1_500_000, b"\xa0" * 1_500_000, "\u0410" * 1_000_000],
+        [[n, {"a": ()}, "я"] for n in range(150_000)],
+    ],
+    ids=range(15),
+)
+def test_large_honest_values_pass(value: Any) -> None:
+    assert decode(encode(value)) == value
+
+
+@given(plain)
+@settings(max_examples=200, deadline=None)
+def test_the_bytes_of_a_value_are_always_the_same(value: Any) -> None:
+    assert encode(decode(encode(value))) == encode(value)
+
+
+@given(plain, st.data())
+@settings(max_examples=300, deadline=None)
+def test_damaged_bytes_are_a_value_or_malformed(value: Any, data: st.DataObject) -> None:
+    damaged = bytearray(encode(value))
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        read = decode(bytes(damaged))
+    except MalformedMessage:
+        return
+    encode(read)
+
+
 @pytest.mark.parametrize(
     ("expected", "got", "equal"),
     [

@@ -11,7 +11,7 @@ from typing import Any
 
 from uvm.errors import SlotNotFound, SlotProtected
 from uvm.grant_options import FilesOptions, HttpOptions, NoOptions
-from uvm.hands.natives import NATIVES
+from uvm.hands.natives import NATIVES, RESERVED
 from uvm.image.grants import Grant
 from uvm.image.image import LivingImage, Txn
 from uvm.image.prototypes import UvmObject
@@ -45,7 +45,8 @@ class Granting:
         def unit(txn: Txn) -> dict[str, Any]:
             found = txn.find(target)
             held = found.lookup(slot)
-            if slot in NATIVES or (held is not None and not isinstance(held[1], Grant)):
+            taken = slot in NATIVES or slot in RESERVED
+            if taken or (held is not None and not isinstance(held[1], Grant)):
                 raise SlotProtected(
                     f"{slot!r} of {found.label} is no grant; choose another slot for it", slot=slot
                 )

@@ -6,23 +6,29 @@ Layer 3: used by the PSM for trials and by the kernel for messages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from uvm import codec
 from uvm.broker.broker import Broker, Uses
 from uvm.capabilities import KINDS, missing
 from uvm.codec import Ref
-from uvm.errors import DoesNotUnderstand, InvalidField, MalformedMessage, ObjectNotFound, WriteSetRefused
+from uvm.errors import (
+    Conflict,
+    DoesNotUnderstand,
+    InvalidField,
+    MalformedMessage,
+    ObjectNotFound,
+    WriteSetRefused,
+)
 from uvm.hands.calls import Call, ObjectView, Outcome, SlotChanges
-from uvm.hands.natives import NATIVES
+from uvm.hands.natives import NATIVES, RESERVED
 from uvm.hands.pool import HandPool
 from uvm.image.grants import Grant
 from uvm.image.image import Txn
 from uvm.image.prototypes import UvmMethod, UvmObject, is_data
 from uvm.messages import is_public_name
-
-MAX_CREATED = 1000
 
 
 class TxnHost:
@@ -30,18 +36,24 @@ class TxnHost:
 
     Args:
         uses: carries uses of grants out; None where no grant can be used.
+
+    Attributes:
+        seen: oid of each object shown -> its edition at that moment.
     """
 
     def __init__(self, txn: Txn, uses: Uses | None = None) -> None:
+        self.seen: dict[str, Hashable] = {}
         self._txn = txn
         self._uses = uses
 
     def view(self, oid: str) -> ObjectView | None:
         """Returns the object of this oid as a hand sees it, or None."""
         try:
-            return view_of(self._txn, self._txn.find(oid))
+            found = self._txn.find(oid)
         except ObjectNotFound:
             return None
+        self.seen[oid] = self._txn.edition(found)
+        return view_of(self._txn, found)
 
     def taken(self, name: str) -> bool:
         """Returns whether an object has this name."""
@@ -89,6 +101,7 @@ class Messenger:
             GrantMissing: the method needs what was not granted.
             MethodError: the method failed; `txn` is unchanged.
             WriteSetRefused: it changed what a method may not change.
+            Conflict: an object that it wrote has changed since the hand saw it.
         """
         found = target.lookup(selector)
         if found is None and selector in NATIVES:
@@ -138,8 +151,10 @@ class Messenger:
         uses: Uses | None,
         overlay: Mapping[str, str] | None = None,
     ) -> Outcome:
-        call = Call(target=target.oid, selector=selector, args=args, kwargs=kwargs)
-        return await self._hands.run(call, TxnHost(txn, uses), overlay=overlay)
+        call, host = Call(target=target.oid, selector=selector, args=args, kwargs=kwargs), TxnHost(txn, uses)
+        outcome = await self._hands.run(call, host, overlay=overlay)
+        chain = {owner.oid for owner in target.chain()}
+        return replace(outcome, seen=host.seen, asked=host.seen.keys() - chain)
 
     def _uses(self, txn: Txn, selector: str) -> Uses | None:
         return None if self._broker is None else self._broker.open(txn, selector)
@@ -177,12 +192,17 @@ def selectors(target: UvmObject) -> list[str]:
 def apply(txn: Txn, outcome: Outcome) -> Any:
     """Checks a hand's outcome, applies its write set to `txn`, and returns the result with real oids.
 
+    What the method looked up beyond its delegation chain must still hold when the transaction commits: else
+    two messages that each read what the other one writes would both succeed (write skew). Inherited slots
+    are left out of that, since a busy prototype would starve whatever delegates to it.
+
     Raises:
         WriteSetRefused: a method slot, a native, an underscore name, an unknown object or a taken name.
+        Conflict: an object to be written is no longer as the hand saw it.
     """
-    known = _create(txn, outcome)
-    for oid, changes in outcome.writes.items():
-        _change(txn, known, _resolve(txn, known, oid), changes)
+    known, _ = _write(txn, outcome)
+    for oid in outcome.asked - outcome.writes.keys():
+        txn.rely_on(txn.find(oid))
     return txn.plain(txn.storable(outcome.result, lambda oid: _resolve(txn, known, oid)))
 
 
@@ -193,16 +213,13 @@ def lost_in_storage(txn: Txn, outcome: Outcome) -> list[str]:
         What did not come back as it was written, as object names; empty where persistence is proven.
 
     Raises:
-        WriteSetRefused: as `apply`.
+        WriteSetRefused, Conflict: as `apply`.
     """
     if not outcome.writes and not outcome.created:
         return []
     before = txn.savepoint()
     try:
-        known = _create(txn, outcome)
-        touched = [_resolve(txn, known, oid) for oid in outcome.writes]
-        for target, changes in zip(touched, outcome.writes.values(), strict=True):
-            _change(txn, known, target, changes)
+        _, touched = _write(txn, outcome)
         written = [codec.encode(txn.plain(target.data())) for target in touched]
         txn.savepoint()
         txn.forget_cached()
@@ -212,10 +229,21 @@ def lost_in_storage(txn: Txn, outcome: Outcome) -> list[str]:
         before.rollback()
 
 
+def _write(txn: Txn, outcome: Outcome) -> tuple[dict[str, UvmObject], list[UvmObject]]:
+    """Applies a write set; returns the created objects by the hand's names for them, and all written ones."""
+    for oid in outcome.writes.keys() - {new.oid for new in outcome.created}:
+        target = _resolve(txn, {}, oid)
+        if outcome.seen.get(oid) != txn.edition(target):
+            raise Conflict(f"{target.label} has changed since the method saw it", target=target.label)
+    known = _create(txn, outcome)
+    touched = [_resolve(txn, known, oid) for oid in outcome.writes]
+    for target, changes in zip(touched, outcome.writes.values(), strict=True):
+        _change(txn, known, target, changes)
+    return known, touched
+
+
 def _create(txn: Txn, outcome: Outcome) -> dict[str, UvmObject]:
     """Makes the objects that a method cloned; returns them by the hand's name for them, `new:N`."""
-    if len(outcome.created) > MAX_CREATED:
-        raise WriteSetRefused(f"one message may make at most {MAX_CREATED} objects")
     known: dict[str, UvmObject] = {}
     for new in outcome.created:
         if not is_public_name(new.name) or new.name in txn.names:
@@ -237,13 +265,12 @@ def _resolve(txn: Txn, known: Mapping[str, UvmObject], oid: str) -> UvmObject:
 def _change(txn: Txn, known: Mapping[str, UvmObject], target: UvmObject, changes: SlotChanges) -> None:
     for slot in (*changes.set, *changes.delete):
         found = target.lookup(slot)
-        if not is_public_name(slot) or slot in NATIVES or (found and not is_data(found[1])):
+        taken = slot in NATIVES or slot in RESERVED or (found and not is_data(found[1]))
+        if taken or not is_public_name(slot):
             raise WriteSetRefused(
                 f"a method can't write {target.label}.{slot}: it is no data slot",
                 target=target.label,
                 slot=slot,
             )
-    for slot, value in changes.set.items():
-        target._slots[slot] = txn.storable(value, lambda oid: _resolve(txn, known, oid))
-    for slot in changes.delete:
-        target._slots.pop(slot, None)
+    values = txn.storable(changes.set, lambda oid: _resolve(txn, known, oid))
+    txn.edit(target, values, changes.delete)

@@ -9,7 +9,7 @@ import datetime as dt
 from typing import Any
 
 from uvm.errors import SlotNotFound, SlotProtected
-from uvm.hands.natives import NATIVES
+from uvm.hands.natives import NATIVES, RESERVED
 from uvm.image import history
 from uvm.image.grants import Grant
 from uvm.image.image import LivingImage, Txn
@@ -107,9 +107,12 @@ class Objects:
 
 
 def _check_is_data(slot: str, holders: tuple[UvmObject, ...]) -> None:
-    """Raises SlotProtected where a data slot of this name would hide a method, a native or a grant."""
-    hidden = [held for holder in holders if (held := holder.lookup(slot)) and not is_data(held[1])]
-    if any(isinstance(value, Grant) for _, value in hidden):
-        raise SlotProtected(f"{slot!r} is a grant; revoke it first", slot=slot)
-    if slot in NATIVES or hidden:
-        raise SlotProtected(f"{slot!r} is a method; teach a revision instead", slot=slot)
+    """Raises SlotProtected where a data slot of this name would hide what is no data, or the parents."""
+    hidden = [held[1] for holder in holders if (held := holder.lookup(slot)) and not is_data(held[1])]
+    if slot in RESERVED or slot in NATIVES or hidden:
+        reason = "is a method; teach a revision instead"
+        if slot in RESERVED:
+            reason = "is what it delegates to"
+        elif any(isinstance(value, Grant) for value in hidden):
+            reason = "is a grant; revoke it first"
+        raise SlotProtected(f"{slot!r} {reason}", slot=slot)

@@ -11,7 +11,14 @@ from typing import Any
 
 from uvm.capabilities import KINDS
 from uvm.codec import REF, decode, is_oid, references
-from uvm.errors import DoesNotUnderstand, GrantMissing, MalformedMessage, MethodRaised, ValueNotStorable
+from uvm.errors import (
+    DoesNotUnderstand,
+    GrantMissing,
+    MalformedMessage,
+    MethodRaised,
+    ValueNotStorable,
+    WriteSetRefused,
+)
 from uvm.guardian import Audit, Finding
 from uvm.hands.calls import Created, Outcome, SlotChanges
 from uvm.hands.frames import MAX_PRINTED
@@ -20,6 +27,12 @@ from uvm.hands.shown import Shown
 
 MAX_TEXT = 4000  # characters of an error's text, or of a line of its traceback
 MAX_LINES = 50
+# Bounds of one write set, far above what a method does by intent; its depth is bounded by the codec.
+MAX_CREATED = 1000  # objects
+MAX_WRITTEN = 10_000  # objects, created ones included
+MAX_SLOTS = 100_000  # slots written, deleted or discarded, on all objects together
+MAX_WRITE_BYTES = 8 << 20  # of the values of all slots written
+MAX_PARAMETERS = 100  # of a missed message
 _REF_CODE = bytes([REF])  # without this byte there is no reference in encoded data
 
 
@@ -31,11 +44,19 @@ def returned(payload: Any, shown: Shown, seconds: float) -> Outcome:
 
     Raises:
         MalformedMessage: the payload is not what an honest hand sends.
+        WriteSetRefused: the write set is over one of the bounds above.
     """
     result, writes, created, discarded, printed = _fields(
         payload, result=bytes, writes=dict, created=list, discarded=dict, printed=str
     )
     _demand(len(printed) <= MAX_PRINTED, "too much print")
+    _demand(all(type(slots) is list for slots in discarded.values()), "no list of slots")
+    sizes = [_size(changes) for changes in writes.values()]
+    _bound("created objects", len(created), MAX_CREATED)
+    _bound("written objects", len(writes) + len(discarded), MAX_WRITTEN)
+    slots = sum(count for count, _ in sizes) + sum(map(len, discarded.values()))
+    _bound("changed slots", slots, MAX_SLOTS)
+    _bound("bytes of slots", sum(length for _, length in sizes), MAX_WRITE_BYTES)
     made = _created(created, shown)
     new = {one.oid for one in made}
     _demand(
@@ -45,7 +66,7 @@ def returned(payload: Any, shown: Shown, seconds: float) -> Outcome:
         result=_value(result, shown, new),
         writes={oid: _changes(changes, shown, new) for oid, changes in writes.items()},
         created=made,
-        discarded={oid: tuple(_texts(slots)) for oid, slots in discarded.items()},
+        discarded={oid: tuple(_names(slots)) for oid, slots in discarded.items()},
         printed=printed,
         seconds=seconds,
     )
@@ -79,8 +100,11 @@ def missed(payload: Any, shown: Shown) -> DoesNotUnderstand:
         parameters=(list, type(None)),
         call=(bytes, type(None)),
     )
-    known = target in shown.objects and selector.isidentifier()
+    known = target in shown.objects and is_public(selector)
     _demand(known, "a miss of no message to an object that it knows")
+    names = [] if parameters is None else _names(parameters)
+    usable = len(set(names)) == len(names) <= MAX_PARAMETERS and "self" not in names
+    _demand(usable, "names that no parameters can have")
     args, kwargs = _call(_value(call, shown, set())) if call is not None else (None, None)
     return DoesNotUnderstand(
         message[:MAX_TEXT],
@@ -88,14 +112,14 @@ def missed(payload: Any, shown: Shown) -> DoesNotUnderstand:
         selector=selector,
         args=args,
         kwargs=kwargs,
-        parameters=None if parameters is None else _texts(parameters),
+        parameters=parameters,
     )
 
 
 def unstorable(payload: Any) -> ValueNotStorable:
     """Returns the error of an `unstorable` frame."""
     message, path, kind = _fields(payload, message=str, path=str, type=str)
-    return ValueNotStorable(message[:MAX_TEXT], path=path, type=kind)
+    return ValueNotStorable(message[:MAX_TEXT], path=path[:MAX_TEXT], type=kind[:MAX_NAME])
 
 
 def audited(payload: Any) -> Audit:
@@ -141,6 +165,25 @@ def _texts(value: Any) -> list[str]:
     return list(value)
 
 
+def _names(value: Any) -> list[str]:
+    names = _texts(value)
+    _demand(all(map(is_public, names)), "a name that no slot can have")
+    return names
+
+
+def _bound(what: str, count: int, most: int) -> None:
+    if count > most:
+        text = f"one message may have at most {most:,} {what}, not {count:,}"
+        raise WriteSetRefused(text, bound=what, most=most)
+
+
+def _size(changes: Any) -> tuple[int, int]:
+    """Returns how many slots an object's changes touch, and the bytes of the values that they write."""
+    assigned, deleted = _items(changes, dict, list)
+    _demand(all(type(data) is bytes for data in assigned.values()), "a slot without a value")
+    return len(assigned) + len(deleted), sum(map(len, assigned.values()))
+
+
 def _value(data: bytes, shown: Shown, new: Set[str]) -> Any:
     """Returns a value whose references lead to what the hand can reach or has made."""
     value = decode(data)
@@ -162,9 +205,9 @@ def _created(rows: list[Any], shown: Shown) -> tuple[Created, ...]:
 
 
 def _changes(value: Any, shown: Shown, new: Set[str]) -> SlotChanges:
-    assigned, deleted = _items(value, dict, list)
-    _demand(all(type(data) is bytes for data in assigned.values()), "a slot without a value")
-    _demand(all(map(is_public, [*assigned, *_texts(deleted)])), "a name that no slot can have")
+    assigned, deleted = value
+    names = _names([*assigned, *deleted])
+    _demand(len(set(names)) == len(names), "a slot both written and deleted, or deleted twice")
     values = {slot: _value(data, shown, new) for slot, data in assigned.items()}
     return SlotChanges(values, tuple(deleted))
 

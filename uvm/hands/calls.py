@@ -5,7 +5,7 @@ Plain values throughout, as `uvm.codec` has them; a reference is a `Ref`. Kernel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -85,6 +85,8 @@ class Outcome:
         discarded: oid to slots that were changed on an object that never said `_p_changed = True`.
         printed: what the method printed, cut at 65,536 characters.
         seconds: wall clock of the call in its hand.
+        seen: oid to the edition of the object that the hand was shown, as the host of the call noted it.
+        asked: the oids among them that the hand asked for, beyond the receiver and its delegation chain.
     """
 
     result: Any
@@ -93,3 +95,5 @@ class Outcome:
     discarded: dict[str, tuple[str, ...]]
     printed: str
     seconds: float
+    seen: Mapping[str, Hashable] = field(default_factory=dict)
+    asked: Set[str] = frozenset()

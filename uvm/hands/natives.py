@@ -10,6 +10,7 @@ import keyword
 import unicodedata
 
 NATIVES: dict[str, tuple[str, ...]] = {"clone": ("name",), "selectors": (), "understands": ("selector",)}
+RESERVED = frozenset({"parents"})  # no slots: what an object delegates to is not for its methods to change
 MAX_NAME = 100  # characters
 
 

@@ -132,7 +132,8 @@ def _parameters(call: ast.Call) -> list[str] | None:
         if keyword.arg is None:
             return None
         names.append(keyword.arg)
-    return names if len(set(names)) == len(names) else None
+    usable = len(set(names)) == len(names) and "self" not in names and all(map(is_public, names))
+    return names if usable else None
 
 
 def _values(call: ast.Call, frame: FrameType, session: Session) -> bytes | None:

@@ -18,7 +18,7 @@ from uvm.capabilities import KINDS, missing
 from uvm.errors import DoesNotUnderstand, ValueNotStorable
 from uvm.hands.facades import Facade
 from uvm.hands.methods import compiled
-from uvm.hands.natives import NATIVES, filename, is_public
+from uvm.hands.natives import NATIVES, RESERVED, filename, is_public
 from uvm.hands.proxy import Proxy, to_proxies, to_refs
 
 Ask = Callable[[str, Any], Any]  # kind and payload of a question to the pool -> the answer's payload
@@ -116,6 +116,8 @@ class Session:
             return partial(self._natives[name], oid)
         if name in KINDS:
             raise missing(self.label(oid), self.origin(oid), name)
+        if not is_public(name):
+            raise AttributeError(f"'{name:.40}' can't be a slot's or a method's name")
         raise DoesNotUnderstand(
             f"{self.label(oid)} does not understand '{name}'", target=self.origin(oid), selector=name
         )
@@ -247,6 +249,8 @@ class Session:
             raise AttributeError(f"'{name}' is a method of {self.label(owner.oid)}: choose another slot name")
         if owner is not None and name in owner.grants:
             raise AttributeError(f"'{name}' is a grant of {self.label(owner.oid)}: choose another slot name")
+        if name in RESERVED:
+            raise AttributeError(f"'{name}' can't be changed by a method: choose another slot name")
         if owner is None and name in NATIVES:
             raise AttributeError(f"every object understands '{name}' by nature: choose another slot name")
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import datetime as dt
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -84,6 +85,7 @@ class Txn:
     def __init__(self, manager: TransactionManager, connection: Any, *, writable: bool = True) -> None:
         self._manager = manager
         self._connection = connection
+        self._edits: Counter[str] = Counter()
         self.writable = writable
         self.tid = ""
 
@@ -138,6 +140,28 @@ class Txn:
         self._connection.add(created)
         self.names[name] = created
         return created
+
+    def edit(self, target: UvmObject, slots: Mapping[str, Any], gone: Iterable[str] = ()) -> None:
+        """Writes slots as `storable` returned them and deletes others, where the object holds them."""
+        target._slots.update(slots)
+        for slot in gone:
+            target._slots.pop(slot, None)
+        self._edits[target.oid] += 1
+
+    def edition(self, target: UvmObject) -> Hashable:
+        """Returns what differs once anybody has changed the object: its serials, and the edits made here."""
+        target._slots._p_activate()
+        return target._p_serial, target._slots._p_serial, self._edits[target.oid]
+
+    def rely_on(self, target: UvmObject) -> None:
+        """Makes the commit fail as a conflict if another transaction changes the slots of `target` first.
+
+        It needs to be asked for only where an object is read and another is written. A transaction that
+        writes nothing pays nothing for it.
+        """
+        target._slots._p_activate()
+        if target._slots._p_jar is not None:  # else it was made in this transaction
+            self._connection.readCurrent(target._slots)
 
     def plain(self, value: Any) -> Any:
         """Returns a slot's value as a plain copy, with `Ref` for objects."""
