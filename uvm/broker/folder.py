@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,10 +25,11 @@ MAX_DEPTH = 32  # components
 MAX_ENTRIES = 10_000
 _PSEUDO = ("/proc", "/sys", "/dev")
 _ODD = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
-_FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_LISTED = os.O_RDONLY | _FOLDER
-_WAY = _FOLDER | getattr(os, "O_PATH", os.O_RDONLY)  # a step needs no right to list
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+if sys.platform != "win32":  # there are no hands there, and so no grants
+    _FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    _LISTED = os.O_RDONLY | _FOLDER
+    _WAY = _FOLDER | getattr(os, "O_PATH", os.O_RDONLY)  # a step needs no right to list
+    _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 def parts_of(path: str) -> Parts:

@@ -7,9 +7,9 @@ finishing renames them, after the image has committed; aborting removes them. Im
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ from uvm.errors import FilesNotWritten
 
 _LAST = "\U0010ffff"  # sorts after every storage: the image commits before files appear
 MISSING: Signature = (0, 0, 0, 0)  # of a file that is not there
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+if sys.platform != "win32":  # there are no hands there, and so no grants
+    import fcntl
+
+    _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
