@@ -135,7 +135,10 @@ async def test_sizes_and_numbers_are_limited(world: World, monkeypatch: pytest.M
         assert await refusal(call, "write_text", "c", "") == "ValueError"
         monkeypatch.setitem(broker.MAX_USES, "files", 9)
         assert await call.files("exists", "a") is True
-        assert await refusal(call, "exists", "a") == "RuntimeError"
+        for _ in range(broker.MAX_REFUSED):
+            assert await refusal(call, "exists", "a") == "RuntimeError"
+        with pytest.raises(MalformedMessage, match="goes on"):
+            await call.files("exists", "a")
         call.uses.keep()
     assert world.names() == ["a", "b", "large"]
 

@@ -69,7 +69,7 @@ class Kind:
     """A kind of grant.
 
     Attributes:
-        about: what it opens, in a few words.
+        about: what it opens, in a few words; `{hosts}` stands for those granted.
         verbs: by name.
         usage: what follows the target in `/grant`.
         called: the grant itself is called, as in `self.ask(question)`; it has one verb, named as the kind.
@@ -113,7 +113,7 @@ KINDS: dict[str, Kind] = {
         Verb("delete", (_PATH,), writes=True),
     ),
     "http": _kind(
-        "web addresses of the hosts listed; get returns {'status', 'headers', 'text'}",
+        "the web at {hosts}; get returns a dict of 'status', 'headers' and 'text'",
         "http HOST …",
         Verb("get", (_URL, _HEADERS)),
         Verb("head", (_URL, _HEADERS)),

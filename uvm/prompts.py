@@ -153,9 +153,9 @@ def _grant_lines(target: UvmObject) -> list[str]:
     lines = []
     for slot, (_, grant) in target.grants_in_reach().items():
         kind = KINDS[grant.kind]
-        hosts = f" ({', '.join(grant.options['hosts'])})" if grant.kind == "http" else ""
+        about = kind.about.format(hosts=", ".join(grant.options.get("hosts", ())[:MAX_SHOWN]))
         calls = ", ".join(kind.offered(slot, write=grant.options.get("write", True)))
-        lines.append(f"It may use self.{slot}, {kind.about}{hosts}: {calls}")
+        lines.append(f"It may use self.{slot}, {about}: {calls}")
     return lines
 
 

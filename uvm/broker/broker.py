@@ -28,6 +28,7 @@ from uvm.mind.backends import Message
 from uvm.mind.mind import Mind
 
 MAX_USES = {"files": 1000, "http": 100, "clock": 1000, "recall": 100, "ask": 20}  # of one call
+MAX_REFUSED = 100  # further uses that are answered, before the call is ended
 MAX_WAIT_S = 600.0  # that all uses of one call may take together
 MAX_QUESTION = 16_384  # characters
 MAX_ANSWER_TOKENS = 1024
@@ -212,7 +213,7 @@ class Uses:
         """Carries one use out and returns `{ok: value}` or `{error: {type, message}}`, for the method.
 
         Raises:
-            MalformedMessage: there is no such grant, or it has no such verb.
+            MalformedMessage: there is no such grant, it has no such verb, or it was used far too often.
         """
         owner = self.txn.find(holder)
         grant = owner._slots.get(slot)
@@ -220,6 +221,8 @@ class Uses:
         if known is None:
             raise MalformedMessage("a use of a grant that is not there")
         self._made[grant.kind] += 1
+        if self._made[grant.kind] > MAX_USES[grant.kind] + MAX_REFUSED:
+            raise MalformedMessage(f"it goes on using {grant.kind}, though it was told that it can't")
         began = time.monotonic()
         what, outcome = "", "ok"
         try:
