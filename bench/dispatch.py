@@ -1,7 +1,9 @@
 """`python -m bench dispatch`: what a message costs beside a bare ZeroMQ echo and a bare ZODB commit.
 
 The kernel, the echo and the bare commits run alternately in the same minutes on the same machine, so that
-what the machine does meanwhile falls on all of them.
+what the machine does meanwhile falls on all of them. Back to back, the making of hands for the calls to come
+competes with the call under way for the processors; one call at a time with a pause, as a person or a script
+sends them, finds its hand ready.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ from uvm.image.prototypes import UvmObject
 ROUNDS = 8
 MESSAGES = 150  # of each kind in a round
 CLIENTS = 4
+PAUSE_S = 0.02  # between messages sent one at a time
+PACED = 40  # of them in a round
 TARGET = "genesis_obj"
 SOURCES = {
     "square": "def square(self, x):\n    return x * x\n",
@@ -80,28 +85,38 @@ async def _measure(kernel: Kernel, echo: _Echo, bare_file: Path) -> list[Figure]
     async def write() -> None:
         await kernel.send(TARGET, "increment")
 
-    timed: dict[str, list[float]] = {"read": [], "echo": [], "write": [], "commit": []}
+    timed: dict[str, list[float]] = defaultdict(list)
     rates: list[float] = []
     with _BareImage(bare_file) as bare:
         for _ in range(ROUNDS):
             timed["read"] += await _times(read, MESSAGES)
             timed["echo"] += await _times(echo.round_trip, MESSAGES)
+            timed["paced"] += await _times(read, PACED, PAUSE_S)
+            timed["paced echo"] += await _times(echo.round_trip, PACED, PAUSE_S)
             timed["write"] += await _times(write, MESSAGES // 3)
             timed["commit"] += await _times(bare.commit, MESSAGES // 3)
             rates.append(await _rate(read, MESSAGES, CLIENTS))
     p50 = {name: percentile(times, 50) * 1000 for name, times in timed.items()}
     p95 = {name: percentile(times, 95) * 1000 for name, times in timed.items()}
+
+    def figure(name: str, figures: dict[str, float], one: str, raw: str) -> Figure:
+        return Figure(name, figures[one], "ms", figures[raw], figures[one] / figures[raw])
+
     return [
-        Figure("reading message, p50", p50["read"], "ms", p50["echo"], p50["read"] / p50["echo"]),
-        Figure("reading message, p95", p95["read"], "ms", p95["echo"], p95["read"] / p95["echo"]),
-        Figure("mutating message, p50", p50["write"], "ms", p50["commit"], p50["write"] / p50["commit"]),
+        figure("reading message, one at a time, p50", p50, "paced", "paced echo"),
+        figure("reading message, one at a time, p95", p95, "paced", "paced echo"),
+        figure("reading message, back to back, p50", p50, "read", "echo"),
+        figure("reading message, back to back, p95", p95, "read", "echo"),
+        figure("mutating message, back to back, p50", p50, "write", "commit"),
         Figure(f"reading messages, {CLIENTS} at once", statistics.median(rates), "1/s", None, None),
     ]
 
 
-async def _times(work: Callable[[], Awaitable[None]], count: int) -> list[float]:
+async def _times(work: Callable[[], Awaitable[None]], count: int, pause_s: float = 0.0) -> list[float]:
     times = []
     for _ in range(count):
+        if pause_s:
+            await asyncio.sleep(pause_s)
         started = time.perf_counter()
         await work()
         times.append(time.perf_counter() - started)

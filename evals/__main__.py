@@ -14,6 +14,7 @@ from pathlib import Path
 from uvm.errors import BatosError
 
 EVALUATIONS = {
+    "attacks": "attacks on the machine, from inside a hand, that come to nothing",
     "fuzz": "hostile bytes that are answered or refused, and leave the kernel as it was",
     "missions": "missions that become a method which does what was meant",
     "utterances": "sentences that become the right command",

@@ -128,7 +128,7 @@ class HandPool:
         """
         if self.tier == "C" and not self._allow_weak:
             raise SandboxTooWeak(
-                "generated code is not run: without seccomp, which is missing here, a hostile method could read "
+                "generated code is not run: without seccomp, missing here, a hostile method could read "
                 "your files; BATOS_ALLOW_WEAK_SANDBOX=true runs it all the same",
                 tier=self.tier,
             )
