@@ -89,6 +89,8 @@ async def test_a_use_of_a_grant_that_was_shown_is_carried_out(talk: tuple[Conver
         [OID, "files", "read_text", [], {1: 2}],
         [OTHER, "files", "read_text", [], {}],
         ["new:1", "files", "read_text", [], {}],
+        [OID, "files", "chmod", [], {}],
+        [OID, "files", "get", [], {}],
         [OID, "secret", "read_text", [], {}],
         [OID, "http", "get", [], {}],
         [Ref(OID), "files", "read_text", [], {}],

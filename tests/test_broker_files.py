@@ -17,7 +17,7 @@ from evals.kernels import PROJECT
 from tests.broker import HOLDER, Call, Refused, World
 from uvm import messenger
 from uvm.broker import broker, folder
-from uvm.errors import FilesNotWritten, InvalidField, MalformedMessage, SlotNotFound
+from uvm.errors import FilesNotWritten, HandDied, InvalidField, MalformedMessage, SlotNotFound
 from uvm.grant_options import FilesOptions
 from uvm.hands.calls import Outcome, SlotChanges
 from uvm.image.image import Txn
@@ -137,7 +137,7 @@ async def test_sizes_and_numbers_are_limited(world: World, monkeypatch: pytest.M
         assert await call.files("exists", "a") is True
         for _ in range(broker.MAX_REFUSED):
             assert await refusal(call, "exists", "a") == "RuntimeError"
-        with pytest.raises(MalformedMessage, match="goes on"):
+        with pytest.raises(HandDied, match="goes on"):
             await call.files("exists", "a")
         call.uses.keep()
     assert world.names() == ["a", "b", "large"]

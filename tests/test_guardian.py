@@ -173,6 +173,8 @@ def test_the_policy_refuses(title: str, source: str) -> None:
         ("def f(self):\n    import os\n", ["`os`", "operating system"]),
         ("def g(self, x):\n    return x\n", ["`f`", "`g`"]),
         ("def f(self, other):\n    other.x = 1\n", ["sending it a message"]),
+        ("def f(self, x):\n    return type(x).__name__\n", ["`__name__`", "isinstance"]),
+        ("from __future__ import annotations\ndef f(self, x):\n    return x\n", ["need no import"]),
         ("def f(self, x):\n    return helper(x)\ndef helper(x):\n    return x\n", ["`helper`", "inside `f`"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ async def test_a_record_is_on_disk_when_record_returns(tmp_path: Path) -> None:
     assert (record["seq"], record["text"], record["odd"]) == (1, "zwei\nZeilen, ünïcode", "{1, 2}")
     assert record["ts"].endswith("+00:00")
     assert heard[0][0] == "transition"
+    await log.close()
+
+
+async def test_what_json_does_not_have_is_told_in_text(tmp_path: Path) -> None:
+    path = tmp_path / "metacognition.jsonl"
+    log = MetacognitionLog(path)
+    await log.record("odd", value=[{(1, 2): 3}, "\udc80", 16**4000, {16**4000}, Fraction(16**4000, 3), 7])
+    await log.record("even", value={(1, 2): 3})
+    odd, even = lines(path)
+    large = "0x1" + "0" * 4000
+    assert odd["value"] == [{"[1, 2]": 3}, "\udc80", large, [large], "a Fraction", 7]
+    assert even["value"] == {"[1, 2]": 3}
     await log.close()
 
 

@@ -267,3 +267,12 @@ async def test_a_revision_of_nothing_fails_with_its_reason(lab: Laboratory) -> N
     with pytest.raises(MissionFailed, match="no method 'nothing' of its own") as failure:
         await lab.cycle({"selector": "nothing", "type": "revision"}, ADD)
     assert failure.value.details["attempts"] == 0
+
+
+async def test_results_of_any_size_are_told(lab: Laboratory) -> None:
+    brief = {"selector": "power", "parameters": ["n"], "examples": [{"args": [5000], "returns": 10**5000}]}
+    wrong, right = "def power(self, n):\n    return 10 ** (n + 1)", "def power(self, n):\n    return 10**n"
+    cycle = await lab.cycle(brief, wrong, right)
+    assert cycle.attempts == 2
+    assert any("4,300 digits" in told for told in lab.findings())
+    assert await lab.source("power") == right + "\n"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.test_codec import plain
 from uvm import codec
 from uvm.codec import Ref, encode
-from uvm.errors import MalformedMessage, WriteSetRefused
+from uvm.errors import MalformedMessage, ObjectNotFound, WriteSetRefused
 from uvm.hands.answers import MAX_CREATED, MAX_SLOTS, MAX_WRITE_BYTES, MAX_WRITTEN, missed, returned
 from uvm.hands.bytecode import Bytecode
 from uvm.hands.calls import Call, ObjectView
@@ -99,6 +99,12 @@ def test_a_large_slot_leads_on_once_it_was_sent() -> None:
     assert not talk.shown.reaches(oid(5))
     assert len(answered(talk, "slot", [oid(1), "large"])) > MAX_VIEW
     assert answered(talk, "view", oid(5))["name"] == "it5"
+
+
+def test_arguments_that_refer_to_an_object_not_yet_made_are_the_callers_fault() -> None:
+    with pytest.raises(ObjectNotFound, match="new:1"):
+        Conversation(Call(oid(1), "f", [], {"x": [Ref("new:1")]}), World(), Bytecode()).job()
+    assert Conversation(Call(oid(1), "f", ["new:1"], {}), World(), Bytecode()).job()
 
 
 def test_of_a_name_a_hand_learns_only_whether_it_is_taken() -> None:

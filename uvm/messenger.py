@@ -153,6 +153,8 @@ class Messenger:
     ) -> Outcome:
         call, host = Call(target=target.oid, selector=selector, args=args, kwargs=kwargs), TxnHost(txn, uses)
         outcome = await self._hands.run(call, host, overlay=overlay)
+        if not (outcome.writes or outcome.created):
+            return outcome
         chain = {owner.oid for owner in target.chain()}
         return replace(outcome, seen=host.seen, asked=host.seen.keys() - chain)
 

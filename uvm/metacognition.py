@@ -18,12 +18,35 @@ from aiologger import Logger
 from aiologger.formatters.base import Formatter
 from aiologger.handlers.files import AsyncFileHandler
 
+_MOST_BITS = 10_000  # Python writes no int of more than 4,300 digits, which have 14,285 bits
+
 Listener = Callable[[str, dict[str, Any]], None]
 
 
 class _JsonLine(Formatter):  # type: ignore[misc]
     def format(self, record: Any) -> str:
-        return json.dumps(record.msg, ensure_ascii=False, default=repr)
+        try:
+            line = json.dumps(record.msg, ensure_ascii=False, default=repr)
+            line.encode()
+        except (TypeError, ValueError):  # what a message may hold, but JSON or UTF-8 may not
+            return json.dumps(_as_json(record.msg), default=_text)
+        return line
+
+
+def _as_json(value: Any) -> Any:
+    """Returns a value with text for keys that are none and for ints too long to be written as decimals."""
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(_as_json(key)): _as_json(value[key]) for key in value}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_as_json(item) for item in value]
+    return hex(value) if isinstance(value, int) and value.bit_length() > _MOST_BITS else value
+
+
+def _text(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # a Fraction of such ints
+        return f"a {type(value).__name__}"
 
 
 class _Handler(AsyncFileHandler):  # type: ignore[misc]

@@ -118,7 +118,10 @@ def arguments(args: Sequence[Any], kwargs: dict[str, Any], limit: int = MAX_VALU
 
 def short(value: Any, limit: int = MAX_VALUE) -> str:
     """Returns the repr of a value, cut to `limit` characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no int of more than 4,300 digits
+        text = f"a {type(value).__name__} with a number of more than 4,300 digits"
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -174,8 +174,13 @@ class _Garden:
     def view(self, oid: str) -> ObjectView | None:
         return self._view if oid == self._view.oid else None
 
-    def find(self, name: str) -> str | None:
-        return None
+    def taken(self, name: str) -> bool:
+        return False
+
+    async def use(
+        self, holder: str, slot: str, verb: str, args: list[Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        raise AssertionError("it has no grant")
 
 
 def _user() -> str:

@@ -18,7 +18,15 @@ from typing import Any
 from uvm.broker import folder, staging, web
 from uvm.broker.files import Files, Granted
 from uvm.capabilities import KINDS, Verb
-from uvm.errors import BatosError, CallerError, GenerationCancelled, InvalidField, MalformedMessage, MindError
+from uvm.errors import (
+    BatosError,
+    CallerError,
+    GenerationCancelled,
+    HandDied,
+    InvalidField,
+    MalformedMessage,
+    MindError,
+)
 from uvm.image.grants import Grant
 from uvm.image.image import LivingImage, Txn, blocking
 from uvm.image.prototypes import UvmObject
@@ -213,7 +221,8 @@ class Uses:
         """Carries one use out and returns `{ok: value}` or `{error: {type, message}}`, for the method.
 
         Raises:
-            MalformedMessage: there is no such grant, it has no such verb, or it was used far too often.
+            MalformedMessage: there is no such grant, or it has no such verb.
+            HandDied: it was used far too often.
         """
         owner = self.txn.find(holder)
         grant = owner._slots.get(slot)
@@ -222,7 +231,7 @@ class Uses:
             raise MalformedMessage("a use of a grant that is not there")
         self._made[grant.kind] += 1
         if self._made[grant.kind] > MAX_USES[grant.kind] + MAX_REFUSED:
-            raise MalformedMessage(f"it goes on using {grant.kind}, though it was told that it can't")
+            raise HandDied(f"{self._selector} goes on using {grant.kind}, though it was told that it can't")
         began = time.monotonic()
         what, outcome = "", "ok"
         try:

@@ -30,6 +30,7 @@ _REASONS = {
     "keep data in attributes of self": "pickle marshal shelve sqlite3 dbm persistent transaction ZODB BTrees",
     "use plain lists and the modules math and statistics": "numpy pandas scipy sympy",
     "use the module random": "secrets",
+    "annotations need no import here": "__future__",
     "return the text instead": "logging",
     "a method can't look into the interpreter": "ast builtins ctypes dis gc importlib inspect types weakref",
 }

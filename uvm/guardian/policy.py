@@ -46,6 +46,13 @@ _CLASS_DUNDERS = frozenset(
         """
     )
 )
+_INSTEAD = {
+    "__class__": "ask with `isinstance`",
+    "__name__": "ask with `isinstance`, and write the names of types as text",
+    "__dict__": "read and assign attributes by their names",
+    "_asdict": "make the dict from the fields by their names",
+    "_replace": "make a new tuple from the fields by their names",
+}
 _PRIVATE_FIELD = re.compile(r"\{[^{}]*[.\[]_")
 
 
@@ -75,6 +82,7 @@ class _Policy:
         self._method = method
         self._parameters = frozenset(arg.arg for arg in arguments(method))
         self._modules = imports(tree)
+        self._clones = _clones(method) - self._parameters
         self._has_class = any(isinstance(node, ast.ClassDef) for node in ast.walk(method))
         self._excused = frozenset(id(node) for node in _excused(method))
         self._checks: dict[type[ast.AST], Callable[[Any, Scope], Findings]] = {
@@ -85,7 +93,7 @@ class _Policy:
             ast.Attribute: self._attribute,
             ast.Name: self._name,
             ast.Call: self._call,
-            ast.Constant: _constant,
+            ast.Constant: self._constant,
             ast.MatchClass: _pattern,
             ast.Global: _global,
             ast.Yield: _generator,
@@ -126,7 +134,7 @@ class _Policy:
 
     def _may_set(self, owner: ast.expr, scope: Scope) -> bool:
         """Whether a method may set attributes of a value: of self, and of objects that it made itself."""
-        if scope.in_class or (isinstance(owner, ast.Name) and owner.id == "self"):
+        if scope.in_class or (isinstance(owner, ast.Name) and owner.id in {"self", *self._clones}):
             return True
         root = root_name(owner)
         return self._has_class and root in scope.bound and root not in self._parameters
@@ -153,11 +161,34 @@ class _Policy:
         elif name in {"setattr", "delattr"} and not self._may_set(node.args[0], scope):
             yield _other_object(name, node.lineno)
 
+    def _constant(self, node: ast.Constant, _: Scope) -> Findings:
+        if id(node) in self._excused or not isinstance(node.value, str):
+            return
+        if _PRIVATE_FIELD.search(unicodedata.normalize("NFKC", node.value)):
+            message = "Don't reach names with a leading underscore through a format string."
+            yield Finding("format", node.lineno, message)
+
+
+def _clones(method: ast.FunctionDef) -> frozenset[str]:
+    """Returns the names of objects that the method makes itself, as in `young = self.clone("young")`."""
+    found = set()
+    for node in ast.walk(method):
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Attribute(attr="clone")))
+                | ast.AnnAssign(target=ast.Name(id=name), value=ast.Call(func=ast.Attribute(attr="clone")))
+                | ast.NamedExpr(target=ast.Name(id=name), value=ast.Call(func=ast.Attribute(attr="clone")))
+            ):
+                found.add(name)
+    return frozenset(found)
+
 
 def _excused(method: ast.FunctionDef) -> Iterator[ast.AST]:
     """Yields the nodes that would breach the policy anywhere but where they stand."""
     for node in ast.walk(method):
         match node:
+            case ast.Expr(value=ast.Constant() as text):  # a docstring, or a comment in its form
+                yield text
             case ast.Assign(targets=[target]) if is_marker(node):
                 yield target
             case ast.Call(
@@ -176,7 +207,8 @@ def _last_name(node: ast.expr) -> str:
 
 
 def _private(name: str, line: int) -> Finding:
-    message = f"Don't use `{name}`, because names with a leading underscore are private; choose another name."
+    advice = _INSTEAD.get(name, "choose another name")
+    message = f"Don't use `{name}`, because names with a leading underscore are private; {advice}."
     return Finding("underscore", line, message)
 
 
@@ -202,12 +234,6 @@ def _constant_names(function: str, names: list[ast.expr], line: int) -> Findings
             yield Finding("getattr", line, message)
         elif any(part.startswith("_") for part in unicodedata.normalize("NFKC", name.value).split(".")):
             yield _private(name.value, line)
-
-
-def _constant(node: ast.Constant, _: Scope) -> Findings:
-    if isinstance(node.value, str) and _PRIVATE_FIELD.search(unicodedata.normalize("NFKC", node.value)):
-        message = "Don't reach names with a leading underscore through a format string."
-        yield Finding("format", node.lineno, message)
 
 
 def _pattern(node: ast.MatchClass, _: Scope) -> Findings:

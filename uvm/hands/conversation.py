@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
-from uvm.codec import encode, is_oid
+from uvm.capabilities import KINDS
+from uvm.codec import encode, is_oid, references
 from uvm.errors import MalformedMessage, ObjectNotFound
 from uvm.hands.bytecode import Bytecode, Method
 from uvm.hands.calls import Call, Host, ObjectView
@@ -38,7 +39,7 @@ class Conversation:
         self._bytecode = bytecode
         self._overlay = overlay or {}
         self._large: dict[tuple[str, str], tuple[bytes, Any]] = {}
-        self._grants: set[tuple[str, str]] = set()  # those that the hand was shown: holder and slot
+        self._grants: dict[tuple[str, str], str] = {}  # holder and slot of those shown -> kind
         self._questions = 0
         self._answers: dict[str, Callable[[Any], Any]] = {
             "view": self._view,
@@ -50,7 +51,7 @@ class Conversation:
         """Returns the frame of the job: the call, with the target and its whole delegation chain.
 
         Raises:
-            ObjectNotFound: the target is not there.
+            ObjectNotFound: the target is not there, or an argument refers to what can be no object.
             ValueNotStorable: an argument is no plain value.
         """
         views = {view.oid: self._show(view) for view in self._chain()}
@@ -64,7 +65,12 @@ class Conversation:
             "overlay": dict(self._overlay),
             "views": views,
         }
-        return pack("call", job)
+        frame = pack("call", job)
+        if b"new:" in frame:  # in a hand that names an object made by this very call
+            for oid in references([self._call.args, self._call.kwargs]):
+                if not is_oid(oid):
+                    raise ObjectNotFound(f"there is no object {oid}", target=oid)
+        return frame
 
     def answer(self, kind: str, payload: Any) -> bytes | Awaitable[bytes] | None:
         """Returns the frame that answers a question, or None if this kind of frame is no question.
@@ -100,7 +106,7 @@ class Conversation:
         large = _large(slots)
         self._large |= {(view.oid, slot): (slots.pop(slot), view.slots[slot]) for slot in large}
         self.shown.add(view.oid, view.parents, [view.slots[slot] for slot in slots])
-        self._grants |= {(view.oid, slot) for slot in view.grants}
+        self._grants |= {(view.oid, slot): kind for slot, kind in view.grants.items()}
         granted = {"grants": dict(view.grants)} if view.grants else {}
         return {
             **granted,
@@ -149,7 +155,8 @@ class Conversation:
         if type(payload) is not list or [type(part) for part in payload] != form:
             raise MalformedMessage("a use of no grant")
         holder, slot, verb, args, kwargs = payload
-        if (holder, slot) not in self._grants or not all(type(name) is str for name in kwargs):
+        kind = self._grants.get((holder, slot))
+        if kind is None or verb not in KINDS[kind].verbs or not all(type(name) is str for name in kwargs):
             raise MalformedMessage("a use of a grant that it was not shown")
         return self._carry_out(holder, slot, verb, args, kwargs)
 
