@@ -3,6 +3,8 @@
 import asyncio
 import gzip
 import ipaddress
+import shutil
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -82,9 +84,9 @@ class Server:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[Server]:
+async def serving(tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
     server = Server()
-    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=tls)
     server.port = listening.sockets[0].getsockname()[1]
     yield server
     listening.close()
@@ -269,6 +271,38 @@ async def test_a_name_is_resolved_once_and_the_checked_address_is_used(
     assert f"host: {place}" in server.seen[0]
     with pytest.raises(PermissionError):
         await web.fetch("GET", f"http://{place}/ok", None, hosts=[place], **LIMITS, resolve=resolve)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+async def test_certificates_are_checked_for_the_name_and_not_the_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
+    files = ["-keyout", str(key), "-out", str(certificate), "-addext", "subjectAltName=DNS:inside.test"]
+    process = await asyncio.create_subprocess_exec(
+        "openssl", *made.split(), *files, stderr=asyncio.subprocess.DEVNULL
+    )
+    assert await process.wait() == 0
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    monkeypatch.setattr(web, "is_public", lambda address: True)
+    resolve, _ = resolver(["127.0.0.1"])
+
+    async with serving(tls) as server:
+
+        async def fetch(host: str) -> dict[str, Any]:
+            place = f"{host}:{server.port}"
+            return await web.fetch(
+                "GET", f"https://{place}/ok", None, hosts=[place], **LIMITS, resolve=resolve
+            )
+
+        with pytest.raises(ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
+            await fetch("inside.test")  # nobody vouches for it
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert (await fetch("inside.test"))["text"] == "grüß"
+        with pytest.raises(ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
+            await fetch("other.test")
 
 
 async def test_localhost_by_name_is_this_machine_only(server: Server) -> None:

@@ -227,11 +227,11 @@ async def test_clock_memory_and_persona(start_kernel: Start, tmp_path: Path) -> 
 
 async def test_waiting_for_the_world_is_not_the_hands_time(start_kernel: Start, tmp_path: Path) -> None:
     fetch = "def fetch(self, url):\n    return self.http.get(url)['text']"
-    process = start_kernel(scripted(tmp_path, writes("fetch", fetch), HAND_TIMEOUT_S="0.5"))
+    process = start_kernel(scripted(tmp_path, writes("fetch", fetch), HAND_TIMEOUT_S="1.5"))
 
     async def slow(reader: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        await asyncio.sleep(1)
+        await asyncio.sleep(2)  # longer than a hand may take
         out.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nslow")
         out.close()
 

@@ -1,7 +1,7 @@
 """Reading from the web for a method: hosts that were listed, addresses that are public, within limits.
 
 A name is resolved once, its addresses are checked, and the connection goes to one of these very addresses, so
-that a name can't mean something else the second time. No cookies, no proxies, nothing from the environment.
+that a name can't mean something else the second time. No cookies, no proxies, no stored passwords.
 """
 
 from __future__ import annotations
