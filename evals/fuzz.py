@@ -59,7 +59,7 @@ def _flood(report: Report, done: Flooded) -> None:
         "descriptors are flat": (done.descriptors_are_flat, str(done.descriptors)),
     }
     for name, (passed, reason) in checks.items():
-        report.add(Case(name, passed, 0.0, "" if passed else reason))
+        report.add(Case(name, passed, done.seconds / len(checks), "" if passed else reason))
     report.cases[-1].details.update(rss_mib=done.rss_mib, descriptors=done.descriptors)
     report.summary["frames sent"] = f"{done.sent:,} in {done.seconds:.0f} s"
     report.summary |= {

@@ -16,6 +16,7 @@ import zmq.auth
 
 from evals.kernels import PROJECT, KernelProcess
 from tests.conftest import Start, scripted, writes
+from tests.test_codec import deep_in_extensions
 from uvm import codec, errors
 from uvm.client import Kernel
 from uvm.codec import Ref
@@ -256,6 +257,7 @@ async def test_wrong_requests_are_typed_errors(start_kernel: Start, tmp_path: Pa
             (errors.SlotProtected, "grant", {**genesis, "kind": "clock", "slot": "clone"}),
             (errors.ObjectNotFound, "grants", {"target_oid": "nobody"}),
             (errors.SlotProtected, "set_slot", {"target_oid": "genesis_obj", "slot": "clone", "value": 1}),
+            (errors.SlotProtected, "set_slot", {"target_oid": "genesis_obj", "slot": "parents", "value": []}),
             (errors.InvalidField, "set_slot", {"target_oid": "genesis_obj", "slot": "_slots", "value": 1}),
             (errors.MethodNotFound, "method_history", {"target_oid": "genesis_obj", "selector": "x"}),
             (errors.MissionNotFound, "mission", {"mission_id": "none"}),
@@ -272,6 +274,7 @@ async def test_bad_frames_are_answered_and_forgotten(start_kernel: Start, tmp_pa
     process = start_kernel(scripted(tmp_path, []))
     async with process.client() as kernel:
         frames = [b"", b"\xc1", b"\x91" * 5000, codec.encode([1]), codec.encode({"v": 1}), os.urandom(500)]
+        frames += [deep_in_extensions(60, 900)]  # 54 KB that once took the kernel's stack
         frames += [pack_request("1", "ping", {})[:-1], pack_request("1", "ping", {}) + b"\x00"]
         for frame in frames:
             await kernel._socket.send(frame)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import keyword
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,18 @@ from tests.test_codec import plain
 from uvm import codec
 from uvm.codec import Ref, encode
 from uvm.errors import MalformedMessage, ObjectNotFound, WriteSetRefused
-from uvm.hands.answers import MAX_CREATED, MAX_SLOTS, MAX_WRITE_BYTES, MAX_WRITTEN, missed, returned
+from uvm.hands.answers import (
+    MAX_CREATED,
+    MAX_SLOTS,
+    MAX_WRITE_BYTES,
+    MAX_WRITTEN,
+    audited,
+    checked,
+    missed,
+    raised,
+    returned,
+    unstorable,
+)
 from uvm.hands.bytecode import Bytecode
 from uvm.hands.calls import Call, ObjectView
 from uvm.hands.conversation import MAX_VIEW, Conversation
@@ -257,7 +269,7 @@ def forged(draw: st.DrawFn, oids: list[str]) -> Any:
     return payload
 
 
-def _mutate(draw: st.DrawFn, part: Any, oids: list[str]) -> None:
+def _mutate(draw: Callable[[st.SearchStrategy[Any]], Any], part: Any, oids: list[str]) -> None:
     """Replaces or removes one part, at any depth."""
     junk = JUNK | st.sampled_from([*oids, "new:1", "new:9"]) | st.sampled_from(oids).map(Ref).map(encode)
     while type(part) in (dict, list) and part:
@@ -340,7 +352,7 @@ def laboratory() -> Iterator[Laboratory]:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_forged_write_set_changes_what_it_may_not(laboratory: Laboratory, data: st.DataObject) -> None:
     asyncio.run(laboratory.hand_in(data.draw(forged(laboratory.oids))))
 
@@ -355,3 +367,31 @@ def test_no_forged_question_raises_anything_untyped(data: st.DataObject) -> None
         with contextlib.suppress(MalformedMessage):
             talk.answer(kind, payload)
     assert talk.shown.objects <= {oid(n) for n in (1, 2, 3, 4)}
+
+
+RAISED: dict[str, Any] = {"message": "m", "exception": "E", "traceback": ["line"], "selector": "f"}
+SHOWN = conversation().shown
+HONEST: dict[str, tuple[Any, dict[str, Any]]] = {
+    "raised": (raised, RAISED),
+    "unstorable": (unstorable, {"message": "m", "path": "the result", "type": "map"}),
+    "audited": (audited, {"source": "", "findings": [["r", 1, "m", False]], "parameters": ["x"], "doc": ""}),
+    "missed": (
+        lambda payload: missed(payload, SHOWN),
+        {"message": "m", "target": oid(1), "selector": "g", "parameters": ["x"], "call": encode([[1], {}])},
+    ),
+    "checked": (checked, {"memory": True, "files": False}),
+}
+
+
+@pytest.mark.parametrize("kind", HONEST)
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_forged_ending_raises_anything_untyped(kind: str, data: st.DataObject) -> None:
+    read, honest = HONEST[kind]
+    read(honest)
+    payload = copy.deepcopy(honest)
+    for _ in range(data.draw(st.integers(1, 3))):
+        _mutate(data.draw, payload, [oid(n) for n in range(1, 8)])
+    for forged_payload in (payload, data.draw(JUNK)):
+        with contextlib.suppress(MalformedMessage):
+            read(forged_payload)

@@ -65,7 +65,19 @@ _ODD: list[Any] = [
     (1,), {1, 2}, frozenset({"a"}), Decimal("1.1"), Fraction(1, 3), dt.datetime(2024, 1, 1, tzinfo=dt.UTC),
     dt.date(1, 1, 1), dt.timedelta(1), Ref("f" * 16), [1, {"a": [2, (3,)]}], "genesis_obj", "note",
 ]  # fmt: skip
+
+
+def _deep_in_extensions() -> bytes:
+    """Returns lists in extensions in lists …, 54 KB of them."""
+    payload = b"\x01"
+    for _ in range(60):
+        payload = b"\x91" * 900 + payload
+        payload = b"\xc9" + len(payload).to_bytes(4, "big") + b"\x03" + payload
+    return payload
+
+
 _BOMBS = [
+    _deep_in_extensions(),
     b"\x91" * 3000,
     b"\x91" + b"\xc8\x03\xe8\x03" * 60,
     b"\xdd\xff\xff\xff\xff",
