@@ -16,13 +16,16 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from config import PROJECT, Settings
 from uvm import messages as m
 from uvm.awakening import CATALOG, ROOT, awaken
 from uvm.bridge import Bridge
+from uvm.broker.broker import Broker
 from uvm.errors import DoesNotUnderstand, HomeError, ShuttingDown
+from uvm.granting import Granting
 from uvm.hands.pool import HandPool
 from uvm.image.image import LivingImage, Txn
 from uvm.keys import ensure_keys
@@ -40,6 +43,7 @@ from uvm.objects import Objects
 from uvm.psm import PrototypalStateMachine
 
 CODEX = PROJECT / "codex"
+CODE = ("uvm", "terminal", "codex", "evals", "bench", "tests", "docs", ".git", ".venv")
 EXIT_CANNOT_START = 2
 GRACE_S = 3.0
 MAX_DESCRIPTORS = 65_536
@@ -82,6 +86,9 @@ class Kernel:
                 lambda c: self._objects.revert_method(c.target_oid, c.selector, c.version)
             ),
             "undo": self._queued(lambda c: self._objects.undo(c.transaction_id)),
+            "grant": self._queued(lambda c: self._granting.grant(c.target_oid, c.slot, c.options)),
+            "revoke": self._queued(lambda c: self._granting.revoke(c.target_oid, c.slot)),
+            "grants": self._queued(lambda c: self._granting.listed(c.target_oid)),
             "remember": self._queued(self._remember),
             "recall": self._queued(self._recall),
         }
@@ -177,7 +184,17 @@ class Kernel:
             on_event=self._log.record,
         )
         self._memory = FractalMemory(_embedder(settings))
-        self._messenger = Messenger(self._hands)
+        broker = Broker(
+            image=self._image,
+            mind=self._mind,
+            memory=self._memory,
+            catalog=CATALOG,
+            log=self._log,
+            default_persona=settings.DEFAULT_PERSONA_MODEL,
+            protected=_protected(settings),
+        )
+        self._granting = Granting(self._image, broker.settled)
+        self._messenger = Messenger(self._hands, broker)
         psm = PrototypalStateMachine(
             image=self._image,
             mind=self._mind,
@@ -333,6 +350,14 @@ def _embedder(settings: Settings) -> Embedder:
     """Returns the memory's embedder; `hashing` names the one that needs no model."""
     model = settings.SENTENCE_TRANSFORMER_MODEL
     return Hashing() if model == "hashing" else MiniLM(locate(model, settings.MODELS_DIR))
+
+
+def _protected(settings: Settings) -> tuple[Path, ...]:
+    """Returns what no grant may open: data, keys, models and code of BAT OS itself."""
+    data = [settings.KEYS_DIR, settings.BLOB_DIR, settings.METACOGNITION_LOG_FILE, settings.MODELS_DIR]
+    image = [] if "://" in settings.DB_FILE else [Path(settings.DB_FILE)]
+    code = [*(PROJECT / name for name in CODE), Path(sys.prefix)]
+    return (*data, *image, settings.LORA_STAGING_DIR, settings.HOME / "run", *code)
 
 
 def _versions() -> dict[str, str]:

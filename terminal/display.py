@@ -46,6 +46,9 @@ class Display:
             "method_history": self._versions,
             "revert_method": self._versions,
             "recall": self._memories,
+            "grant": lambda result: self._grants([result]),
+            "grants": self._grants,
+            "revoke": self._done,
             "missions": self._missions,
             "mission": self._map,
             "set_slot": self._done,
@@ -99,6 +102,8 @@ class Display:
         self.out.print(Text.assemble((printable(name), "bold"), (f"  {result['oid']}{parents}", "dim")))
         for slot, value in result["slots"].items():
             self.out.print(f"{slot} = {printable(repr(value))}")
+        for slot, grant in result["grants"].items():
+            self.out.print(f"{slot}: may use {grant['kind']}  {printable(_flat(grant['options']))}".rstrip())
         for method in result["methods"].values():
             self._source(method["source"])
 
@@ -121,6 +126,11 @@ class Display:
             about = " ".join(str(row[key]) for key in ("kind", "subject") if row.get(key))
             self.out.print(Text(f"{row['score']:.2f}  {about}".rstrip(), style="dim"))
             self.out.print(printable(row["text"]))
+
+    def _grants(self, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            self.note("nothing is granted")
+        self._rows([(f"{row['object']}.{row['slot']}", row["kind"], _flat(row["options"])) for row in rows])
 
     def _missions(self, rows: list[dict[str, Any]]) -> None:
         if not rows:

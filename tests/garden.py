@@ -48,6 +48,11 @@ class Garden:
         self.found.append(name)
         return any(view.name == name for view in self.views.values())
 
+    async def use(
+        self, holder: str, slot: str, verb: str, args: list[Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        raise AssertionError("no plant has a grant")
+
     async def send(self, target: str, selector: str, *args: Any, **kwargs: Any) -> Outcome:
         """Sends a message."""
         return await self.pool.run(Call(target, selector, list(args), kwargs), self)

@@ -208,6 +208,10 @@ async def test_every_command_answers(start_kernel: Start, tmp_path: Path) -> Non
         assert await kernel.send("shop_obj", "n") == 1
         past = await kernel.request("send_message", target_oid="shop_obj", selector="n", as_of=last)
         assert past == 2
+        granted = await ask("grant", target_oid="shop_obj", kind="clock", slot="watch")
+        assert await ask("grants") == await ask("grants", target_oid="shop_obj") == [granted]
+        assert (granted["object"], granted["slot"], granted["kind"]) == ("shop_obj", "watch", "clock")
+        assert await ask("revoke", target_oid="shop_obj", slot="watch") is None
         await ask("remember", text="The moon is made of green cheese.", source="a test")
         (found, *_) = await ask("recall", query="moon cheese")
         assert (found["source"], found["kind"]) == ("a test", "document")
@@ -241,6 +245,16 @@ async def test_wrong_requests_are_typed_errors(start_kernel: Start, tmp_path: Pa
             (errors.ObjectExists, "create_object", {"name": "genesis_obj"}),
             (errors.ObjectNotFound, "create_object", {"name": "x", "slots": {"a": Ref("f" * 16)}}),
             (errors.SlotNotFound, "delete_slot", {"target_oid": "genesis_obj", "slot": "x"}),
+            (errors.GrantMissing, "send_message", {**genesis, "selector": "files"}),
+            (errors.SlotNotFound, "revoke", {**genesis, "slot": "files"}),
+            (errors.InvalidField, "grant", {**genesis, "kind": "rockets"}),
+            (errors.InvalidField, "grant", {**genesis, "kind": "files"}),
+            (errors.InvalidField, "grant", {**genesis, "kind": "files", "options": {"path": "here"}}),
+            (errors.InvalidField, "grant", {**genesis, "kind": "files", "options": {"path": "/none"}}),
+            (errors.InvalidField, "grant", {**genesis, "kind": "http", "options": {"hosts": ["http://a"]}}),
+            (errors.InvalidField, "grant", {**genesis, "kind": "clock", "options": {"path": "/tmp"}}),
+            (errors.SlotProtected, "grant", {**genesis, "kind": "clock", "slot": "clone"}),
+            (errors.ObjectNotFound, "grants", {"target_oid": "nobody"}),
             (errors.SlotProtected, "set_slot", {"target_oid": "genesis_obj", "slot": "clone", "value": 1}),
             (errors.SlotProtected, "set_slot", {"target_oid": "genesis_obj", "slot": "parents", "value": []}),
             (errors.InvalidField, "set_slot", {"target_oid": "genesis_obj", "slot": "_slots", "value": 1}),

@@ -7,15 +7,17 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"uvm.errors", "uvm.states"},
-    {"uvm.codec", "uvm.keyfiles", "uvm.handshakes"},
+    {"uvm.codec", "uvm.capabilities", "uvm.grant_options", "uvm.keyfiles", "uvm.handshakes"},
     {"uvm.messages", "uvm.keys"},
     {"uvm.lanes", "uvm.metacognition", "uvm.image", "uvm.guardian", "uvm.client"},
     {"uvm.hands", "uvm.memory", "uvm.mind"},
+    {"uvm.broker"},
     {"uvm.parser", "uvm.prompts", "uvm.messenger"},
     {"uvm.trials"},
     {"uvm.cycle"},
     {"uvm.psm"},
     {"uvm.missions", "uvm.objects", "uvm.awakening"},
+    {"uvm.granting"},
     {"uvm.admission", "uvm.listening"},
     {"uvm.publisher"},
     {"uvm.bridge"},
@@ -23,7 +25,7 @@ LAYERS = [
 ORGANS = {organ: level for level, organs in enumerate(LAYERS) for organ in organs}
 # What clients use stays free of the kernel's organs.
 CLIENT_SIDE = {"uvm.client": {"uvm.errors", "uvm.messages", "uvm.codec", "uvm.handshakes", "uvm.keyfiles"}}
-CLIENT_SIDE["uvm.parser"] = CLIENT_SIDE["uvm.client"] | {"uvm.mind"}
+CLIENT_SIDE["uvm.parser"] = CLIENT_SIDE["uvm.client"] | {"uvm.capabilities", "uvm.mind"}
 
 
 def organ_of(module: str) -> str | None:

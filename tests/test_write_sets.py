@@ -66,6 +66,11 @@ class World:
     def taken(self, name: str) -> bool:
         return name == "it7"
 
+    async def use(
+        self, holder: str, slot: str, verb: str, args: list[Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        raise AssertionError("nobody here has a grant")
+
 
 def conversation() -> Conversation:
     talk = Conversation(Call(oid(1), "f", [[Ref(oid(2))]], {}), World(), Bytecode())
@@ -75,7 +80,7 @@ def conversation() -> Conversation:
 
 def answered(talk: Conversation, kind: str, payload: Any) -> Any:
     frame = talk.answer(kind, payload)
-    assert frame is not None
+    assert isinstance(frame, bytes)
     return unpack(frame[LENGTH.size :])[1]
 
 

@@ -10,12 +10,13 @@
     │   ├── ObjectNotFound
     │   ├── ObjectExists
     │   ├── SlotNotFound
-    │   ├── SlotProtected        a method, a native or an underscore name: not for set_slot
+    │   ├── SlotProtected        a method, a native, a grant or an underscore name: not for set_slot
     │   ├── MethodNotFound
     │   ├── MissionNotFound
     │   ├── TransactionNotFound
     │   ├── NotUndoable          later transactions build on the one to undo
     │   ├── KernelRefused        kernel and client do not accept each other's keys; `reason` says which way
+    │   ├── GrantMissing         (also an AttributeError) a method needs what the Architect has not granted
     │   └── DoesNotUnderstand    (also an AttributeError) nobody in the delegation chain answers
     ├── RetryLater               nothing is wrong with the request; the same one may succeed later
     │   ├── QueueFull
@@ -29,6 +30,7 @@
     │   ├── HandOutputTooLarge   its answer was larger than allowed
     │   ├── HandDied             its process ended without an answer
     │   ├── WriteSetRefused      it tried to change what a method may not change
+    │   ├── FilesNotWritten      what it wrote through a grant could not be put on disk
     │   └── SandboxTooWeak       it was not run at all: this system offers no sandbox
     ├── MissionError
     │   ├── MissionFailed        the cycle ended in FAILED; the details hold the findings
@@ -125,6 +127,10 @@ class KernelRefused(CallerError):
     pass
 
 
+class GrantMissing(CallerError, AttributeError):
+    pass
+
+
 class DoesNotUnderstand(CallerError, AttributeError):
     """A message that nobody in the target's delegation chain understands."""
 
@@ -179,6 +185,10 @@ class HandDied(MethodError):
 
 
 class WriteSetRefused(MethodError):
+    pass
+
+
+class FilesNotWritten(MethodError):
     pass
 
 

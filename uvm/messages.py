@@ -31,6 +31,7 @@ from uvm.errors import (
     UnsupportedVersion,
     to_wire,
 )
+from uvm.grant_options import GrantOptions
 
 PROTOCOL_VERSION = 1
 MAX_NAME = 100  # characters of an object's name, a selector, a slot
@@ -241,6 +242,37 @@ class Recall(_Frozen):
     k: Annotated[int, Field(ge=1, le=100)] = 5
 
 
+class Grant(_Frozen):
+    """Lets the methods of an object use a part of the world; `options` are those of the kind."""
+
+    command: Literal["grant"]
+    target_oid: Target
+    kind: Literal["files", "http", "clock", "recall", "ask"]
+    slot: SlotName
+    options: GrantOptions
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_its_kind(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        kind, slot, options = (fields.get(name) for name in ("kind", "slot", "options"))
+        if type(options) is dict and "kind" in options:
+            raise ValueError("options: the kind stands beside them")
+        options = {} if options is None else options
+        told = {**options, "kind": kind} if type(options) is dict else options
+        return {**fields, "slot": kind if slot is None else slot, "options": told}
+
+
+class Revoke(_Frozen):
+    command: Literal["revoke"]
+    target_oid: Target
+    slot: SlotName
+
+
+class Grants(_Frozen):
+    command: Literal["grants"]
+    target_oid: Target | None = None
+
+
 class Missions(_Frozen):
     command: Literal["missions"]
     state: Literal["queued", "running", "complete", "failed", "cancelled"] | None = None
@@ -282,6 +314,9 @@ Command = (
     | Undo
     | Remember
     | Recall
+    | Grant
+    | Revoke
+    | Grants
     | Missions
     | Mission
     | CancelMission

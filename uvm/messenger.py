@@ -11,26 +11,40 @@ from dataclasses import replace
 from typing import Any
 
 from uvm import codec
+from uvm.broker.broker import Broker, Uses
+from uvm.capabilities import KINDS, missing
 from uvm.codec import Ref
-from uvm.errors import Conflict, DoesNotUnderstand, InvalidField, ObjectNotFound, WriteSetRefused
+from uvm.errors import (
+    Conflict,
+    DoesNotUnderstand,
+    InvalidField,
+    MalformedMessage,
+    ObjectNotFound,
+    WriteSetRefused,
+)
 from uvm.hands.calls import Call, ObjectView, Outcome, SlotChanges
 from uvm.hands.natives import NATIVES, RESERVED
 from uvm.hands.pool import HandPool
+from uvm.image.grants import Grant
 from uvm.image.image import Txn
-from uvm.image.prototypes import UvmMethod, UvmObject
+from uvm.image.prototypes import UvmMethod, UvmObject, is_data
 from uvm.messages import is_public_name
 
 
 class TxnHost:
     """Answers a hand's questions from one transaction.
 
+    Args:
+        uses: carries uses of grants out; None where no grant can be used.
+
     Attributes:
         seen: oid of each object shown -> its edition at that moment.
     """
 
-    def __init__(self, txn: Txn) -> None:
+    def __init__(self, txn: Txn, uses: Uses | None = None) -> None:
         self.seen: dict[str, Hashable] = {}
         self._txn = txn
+        self._uses = uses
 
     def view(self, oid: str) -> ObjectView | None:
         """Returns the object of this oid as a hand sees it, or None."""
@@ -45,6 +59,14 @@ class TxnHost:
         """Returns whether an object has this name."""
         return name in self._txn.names
 
+    async def use(
+        self, holder: str, slot: str, verb: str, args: list[Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Uses a grant, as `uvm.broker.broker.Uses` does."""
+        if self._uses is None:
+            raise MalformedMessage("a use where there is no broker")
+        return await self._uses.use(holder, slot, verb, args, kwargs)
+
 
 def view_of(txn: Txn, target: UvmObject) -> ObjectView:
     """Returns a snapshot of one object: plain slots, sources of its own methods."""
@@ -54,14 +76,20 @@ def view_of(txn: Txn, target: UvmObject) -> ObjectView:
         parents=tuple(parent.oid for parent in target.parents),
         slots=txn.plain(target.data()),
         methods={selector: method.source for selector, method in target.methods().items()},
+        grants={slot: grant.kind for slot, grant in target.grants().items()},
     )
 
 
 class Messenger:
-    """Sends messages to objects, in hands where a method answers."""
+    """Sends messages to objects, in hands where a method answers.
 
-    def __init__(self, hands: HandPool) -> None:
+    Args:
+        broker: carries uses of grants out; without it no grant can be used.
+    """
+
+    def __init__(self, hands: HandPool, broker: Broker | None = None) -> None:
         self._hands = hands
+        self._broker = broker
 
     async def send(
         self, txn: Txn, target: UvmObject, selector: str, args: list[Any], kwargs: dict[str, Any]
@@ -70,6 +98,7 @@ class Messenger:
 
         Raises:
             DoesNotUnderstand: nobody in the chain answers, or a message inside the method was not understood.
+            GrantMissing: the method needs what was not granted.
             MethodError: the method failed; `txn` is unchanged.
             WriteSetRefused: it changed what a method may not change.
             Conflict: an object that it wrote has changed since the hand saw it.
@@ -77,6 +106,8 @@ class Messenger:
         found = target.lookup(selector)
         if found is None and selector in NATIVES:
             return self._native(txn, target, selector, args, kwargs), None
+        if found is None and selector in KINDS:
+            raise missing(target.label, target.oid, selector)
         if found is None:
             raise DoesNotUnderstand(
                 f"{target.label} does not understand '{selector}'",
@@ -87,8 +118,12 @@ class Messenger:
             )
         if not isinstance(found[1], UvmMethod):
             return self._slot(txn, target, selector, found[1], args, kwargs), None
-        outcome = await self.run(txn, target, selector, args, kwargs)
-        return apply(txn, outcome), outcome
+        uses = self._uses(txn, selector)
+        outcome = await self._run(txn, target, selector, args, kwargs, uses)
+        result = apply(txn, outcome)
+        if uses is not None:
+            uses.keep()
+        return result, outcome
 
     async def run(
         self,
@@ -99,17 +134,38 @@ class Messenger:
         kwargs: dict[str, Any],
         overlay: Mapping[str, str] | None = None,
     ) -> Outcome:
-        """Returns the outcome of a method, not applied; `overlay` shadows installed sources."""
-        call, host = Call(target=target.oid, selector=selector, args=args, kwargs=kwargs), TxnHost(txn)
+        """Returns the outcome of a method, not applied, nor are files that it wrote.
+
+        Args:
+            overlay: selector -> source, which shadows what is installed.
+        """
+        return await self._run(txn, target, selector, args, kwargs, self._uses(txn, selector), overlay)
+
+    async def _run(
+        self,
+        txn: Txn,
+        target: UvmObject,
+        selector: str,
+        args: list[Any],
+        kwargs: dict[str, Any],
+        uses: Uses | None,
+        overlay: Mapping[str, str] | None = None,
+    ) -> Outcome:
+        call, host = Call(target=target.oid, selector=selector, args=args, kwargs=kwargs), TxnHost(txn, uses)
         outcome = await self._hands.run(call, host, overlay=overlay)
         if not (outcome.writes or outcome.created):
             return outcome
         chain = {owner.oid for owner in target.chain()}
         return replace(outcome, seen=host.seen, asked=host.seen.keys() - chain)
 
+    def _uses(self, txn: Txn, selector: str) -> Uses | None:
+        return None if self._broker is None else self._broker.open(txn, selector)
+
     def _slot(
         self, txn: Txn, target: UvmObject, slot: str, value: Any, args: list[Any], kwargs: dict[str, Any]
     ) -> Any:
+        if isinstance(value, Grant):
+            raise InvalidField(f"{target.label}.{slot} is a grant, for methods to use", field="selector")
         if args or kwargs:
             raise InvalidField(f"{target.label}.{slot} is a data slot and takes no arguments", field="args")
         return txn.plain(value)
@@ -211,7 +267,7 @@ def _resolve(txn: Txn, known: Mapping[str, UvmObject], oid: str) -> UvmObject:
 def _change(txn: Txn, known: Mapping[str, UvmObject], target: UvmObject, changes: SlotChanges) -> None:
     for slot in (*changes.set, *changes.delete):
         found = target.lookup(slot)
-        taken = slot in NATIVES or slot in RESERVED or (found and isinstance(found[1], UvmMethod))
+        taken = slot in NATIVES or slot in RESERVED or (found and not is_data(found[1]))
         if taken or not is_public_name(slot):
             raise WriteSetRefused(
                 f"a method can't write {target.label}.{slot}: it is no data slot",

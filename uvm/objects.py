@@ -1,6 +1,6 @@
 """What the Architect does to objects directly: look, list, create, change data, and turn back time. Layer 3.
 
-Code never enters here: a data slot may not hide a method or a native.
+Code never enters here: a data slot may not hide a method, a native or a grant.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 from uvm.errors import SlotNotFound, SlotProtected
 from uvm.hands.natives import NATIVES, RESERVED
 from uvm.image import history
+from uvm.image.grants import Grant
 from uvm.image.image import LivingImage, Txn
-from uvm.image.prototypes import UvmMethod, UvmObject
+from uvm.image.prototypes import UvmObject, is_data
 from uvm.messenger import selectors
 
 USER = "architect"
@@ -26,7 +27,7 @@ class Objects:
         self._root = root
 
     async def inspect(self, target: str, as_of: dt.datetime | str | None) -> dict[str, Any]:
-        """Returns an object's slots, parents, methods with source and provenance, and what it understands."""
+        """Returns an object's slots, parents, methods with source and provenance, grants, and messages."""
         async with self._image.reading(as_of) as txn:
             found = txn.find(target)
             return {
@@ -35,6 +36,7 @@ class Objects:
                 "parents": [parent.label for parent in found.parents],
                 "slots": txn.plain(found.data()),
                 "methods": {name: history.told(method) for name, method in found.methods().items()},
+                "grants": {slot: grant.record() for slot, grant in found.grants().items()},
                 "understands": selectors(found),
             }
 
@@ -105,8 +107,12 @@ class Objects:
 
 
 def _check_is_data(slot: str, holders: tuple[UvmObject, ...]) -> None:
-    """Raises SlotProtected where a data slot of this name would hide a method, a native or the parents."""
-    found = [holder.lookup(slot) for holder in holders]
-    if slot in RESERVED or slot in NATIVES or any(held and isinstance(held[1], UvmMethod) for held in found):
-        reason = "is what it delegates to" if slot in RESERVED else "is a method; teach a revision instead"
+    """Raises SlotProtected where a data slot of this name would hide what is no data, or the parents."""
+    hidden = [held[1] for holder in holders if (held := holder.lookup(slot)) and not is_data(held[1])]
+    if slot in RESERVED or slot in NATIVES or hidden:
+        reason = "is a method; teach a revision instead"
+        if slot in RESERVED:
+            reason = "is what it delegates to"
+        elif any(isinstance(value, Grant) for value in hidden):
+            reason = "is a grant; revoke it first"
         raise SlotProtected(f"{slot!r} {reason}", slot=slot)

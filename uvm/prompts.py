@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from uvm.capabilities import KINDS
 from uvm.guardian import Finding
 from uvm.image.prototypes import UvmObject
 from uvm.memory.catalog import Hit
@@ -147,7 +148,18 @@ def _object_text(target: UvmObject, selector: str) -> str:
         lines.append("Its slots: " + "; ".join(f"self.{name} = {short(value)}" for name, value in slots))
     if held:
         lines.append("It understands: " + ", ".join(list(held.values())[:MAX_SHOWN]))
-    return " ".join(lines)
+    return "\n".join([" ".join(lines), *_grant_lines(target)])
+
+
+def _grant_lines(target: UvmObject) -> list[str]:
+    """Returns a line for each grant that methods of the object can use."""
+    lines = []
+    for slot, (_, grant) in target.grants_in_reach().items():
+        kind = KINDS[grant.kind]
+        about = kind.about.format(hosts=", ".join(grant.options.get("hosts", ())[:MAX_SHOWN]))
+        calls = ", ".join(kind.offered(slot, write=grant.options.get("write", True)))
+        lines.append(f"It may use self.{slot}, {about}: {calls}")
+    return lines
 
 
 def _memory_text(memories: Sequence[Hit]) -> str:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from uvm import codec, prompts
-from uvm.errors import BatosError, DoesNotUnderstand, HandTimeout, MethodRaised, ValueNotStorable
+from uvm.errors import (
+    BatosError,
+    DoesNotUnderstand,
+    GrantMissing,
+    HandTimeout,
+    MethodRaised,
+    ValueNotStorable,
+)
 from uvm.guardian import Finding
 from uvm.hands.calls import Outcome
 from uvm.image.image import Txn
@@ -125,6 +132,8 @@ def _explained(call: str, error: BatosError, expected: str | None) -> str:
             f"{call}: there is no method self.{error.selector}; do that work inside this method, "
             f"with a nested function if need be."
         )
+    if isinstance(error, GrantMissing):
+        return f"{call} uses self.{error.details['grant']}, which it may not: {error}. Do without it."
     if isinstance(error, HandTimeout):
         return f"{call} did not end in time{wanted}; make sure that every loop and recursion ends."
     if isinstance(error, ValueNotStorable):

@@ -177,6 +177,11 @@ class _Garden:
     def taken(self, name: str) -> bool:
         return False
 
+    async def use(
+        self, holder: str, slot: str, verb: str, args: list[Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        raise AssertionError("it has no grant")
+
 
 def _user() -> str:
     return "root" if os.geteuid() == 0 else "an ordinary user"

@@ -9,8 +9,16 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Any
 
+from uvm.capabilities import KINDS
 from uvm.codec import REF, decode, is_oid, references
-from uvm.errors import DoesNotUnderstand, MalformedMessage, MethodRaised, ValueNotStorable, WriteSetRefused
+from uvm.errors import (
+    DoesNotUnderstand,
+    GrantMissing,
+    MalformedMessage,
+    MethodRaised,
+    ValueNotStorable,
+    WriteSetRefused,
+)
 from uvm.guardian import Audit, Finding
 from uvm.hands.calls import Created, Outcome, SlotChanges
 from uvm.hands.frames import MAX_PRINTED
@@ -64,12 +72,19 @@ def returned(payload: Any, shown: Shown, seconds: float) -> Outcome:
     )
 
 
-def raised(payload: Any) -> MethodRaised:
+def raised(payload: Any) -> MethodRaised | GrantMissing:
     """Returns the error of a `raised` frame."""
+    grant = payload.pop("grant", None) if type(payload) is dict else None
     message, exception, traceback, selector = _fields(
         payload, message=str, exception=str, traceback=list, selector=str
     )
     lines = [line[:MAX_TEXT] for line in _texts(traceback)[:MAX_LINES]]
+    if grant is not None:
+        target, kind = _items(grant, str, str)
+        _demand(is_oid(target) and kind in KINDS, "a grant of no kind is missing")
+        return GrantMissing(
+            message[:MAX_TEXT], target=target, grant=kind, traceback=lines, selector=selector[:MAX_NAME]
+        )
     return MethodRaised(
         message[:MAX_TEXT], exception=exception[:MAX_NAME], traceback=lines, selector=selector
     )

@@ -18,6 +18,7 @@ class ObjectView:
         parents: oids, in the order of delegation.
         slots: the object's own data slots, by name.
         methods: sources of the object's own methods, by selector.
+        grants: kinds of the object's own grants, by slot.
     """
 
     oid: str
@@ -25,6 +26,7 @@ class ObjectView:
     parents: tuple[str, ...]
     slots: Mapping[str, Any]
     methods: Mapping[str, str]
+    grants: Mapping[str, str] = field(default_factory=dict)
 
 
 class Host(Protocol):
@@ -35,6 +37,15 @@ class Host(Protocol):
 
     def taken(self, name: str) -> bool:
         """Returns whether an object has this name; a hand learns no more of it."""
+
+    async def use(
+        self, holder: str, slot: str, verb: str, args: list[Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Uses the grant that object `holder` keeps in `slot`; returns `{ok}` or `{error: {type, message}}`.
+
+        Raises:
+            MalformedMessage: a use that an honest hand does not ask for.
+        """
 
 
 @dataclass(frozen=True, slots=True)

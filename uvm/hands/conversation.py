@@ -6,9 +6,10 @@ Kernel's side; no I/O here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
+from uvm.capabilities import KINDS
 from uvm.codec import encode, is_oid, references
 from uvm.errors import MalformedMessage, ObjectNotFound
 from uvm.hands.bytecode import Bytecode, Method
@@ -38,6 +39,7 @@ class Conversation:
         self._bytecode = bytecode
         self._overlay = overlay or {}
         self._large: dict[tuple[str, str], tuple[bytes, Any]] = {}
+        self._grants: dict[tuple[str, str], str] = {}  # holder and slot of those shown -> kind
         self._questions = 0
         self._answers: dict[str, Callable[[Any], Any]] = {
             "view": self._view,
@@ -70,19 +72,21 @@ class Conversation:
                     raise ObjectNotFound(f"there is no object {oid}", target=oid)
         return frame
 
-    def answer(self, kind: str, payload: Any) -> bytes | None:
+    def answer(self, kind: str, payload: Any) -> bytes | Awaitable[bytes] | None:
         """Returns the frame that answers a question, or None if this kind of frame is no question.
+
+        The answer to the use of a grant is to be awaited.
 
         Raises:
             MalformedMessage: a question that an honest hand does not ask.
         """
         answer = self._answers.get(kind)
-        if answer is None:
+        if answer is None and kind != "use":
             return None
         self._questions += 1
         if self._questions > MAX_QUESTIONS:
             raise MalformedMessage(f"more than {MAX_QUESTIONS} questions in one call")
-        return pack(kind, answer(payload))
+        return self._use(payload) if answer is None else pack(kind, answer(payload))
 
     def _chain(self) -> Iterator[ObjectView]:
         """Yields the target and its parents depth first, each once."""
@@ -102,7 +106,10 @@ class Conversation:
         large = _large(slots)
         self._large |= {(view.oid, slot): (slots.pop(slot), view.slots[slot]) for slot in large}
         self.shown.add(view.oid, view.parents, [view.slots[slot] for slot in slots])
+        self._grants |= {(view.oid, slot): kind for slot, kind in view.grants.items()}
+        granted = {"grants": dict(view.grants)} if view.grants else {}
         return {
+            **granted,
             "name": view.name,
             "parents": list(view.parents),
             "slots": slots,
@@ -142,6 +149,21 @@ class Conversation:
         if type(name) is not str:
             raise MalformedMessage("a question for no name")
         return self._host.taken(name)
+
+    def _use(self, payload: Any) -> Awaitable[bytes]:
+        form = [str, str, str, list, dict]
+        if type(payload) is not list or [type(part) for part in payload] != form:
+            raise MalformedMessage("a use of no grant")
+        holder, slot, verb, args, kwargs = payload
+        kind = self._grants.get((holder, slot))
+        if kind is None or verb not in KINDS[kind].verbs or not all(type(name) is str for name in kwargs):
+            raise MalformedMessage("a use of a grant that it was not shown")
+        return self._carry_out(holder, slot, verb, args, kwargs)
+
+    async def _carry_out(
+        self, holder: str, slot: str, verb: str, args: list[Any], kwargs: dict[str, Any]
+    ) -> bytes:
+        return pack("use", await self._host.use(holder, slot, verb, args, kwargs))
 
 
 def _large(slots: dict[str, bytes]) -> list[str]:

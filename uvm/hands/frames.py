@@ -4,17 +4,20 @@
     call            {target, selector, args, kwargs, overlay, views}: the job, sent once
     audit           {source, selector, parameters}: another job
     compile         [[source, file]]: the third one
-    view            a view or None: {name, parents, slots: {slot: encoded}, methods, code, large: [slot]}
+    view            a view or None: {name, parents, slots: {slot: encoded}, methods, code, large: [slot]},
+                    and grants: {slot: kind} where it has any
     slot            the encoded value
     taken           True or False
+    use             {ok: value} or {error: {type, message}}
 
     from the hand   payload
     ready           None: locked down, waiting for its job
     view            oid: asks for an object that it can reach, see `uvm.hands.shown`
     slot            [oid, slot]: asks for a slot that its view named as large
     taken           name: asks whether an object has that name
+    use             [oid of the holder, slot, verb, args, kwargs]: uses a grant
     returned        {result, writes: {oid: [{slot: encoded value}, [deleted]]}, created, discarded, printed}
-    raised          {message, exception, traceback, selector}
+    raised          {message, exception, traceback, selector}, and grant: [oid, kind] where that is missing
     unstorable      {message, path, type}: the result or a slot to be kept is no plain value
     missed          {message, target, selector, parameters, call: encoded [args, kwargs] or None}
     exhausted       None: it ran into its memory limit

@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from uvm import codec
-from uvm.errors import DoesNotUnderstand, ValueNotStorable
+from uvm.errors import DoesNotUnderstand, GrantMissing, ValueNotStorable
 from uvm.hands.natives import is_public, selector_of
 from uvm.hands.proxy import Proxy, oid_of, to_refs
 from uvm.hands.session import Session
@@ -31,12 +31,15 @@ def raised(error: BaseException, selector: str) -> dict[str, Any]:
         selector: the message that was sent.
     """
     name, text = type(error).__name__, _text(error)
-    return {
+    told = {
         "message": f"{selector} raised {name}: {text}" if text else f"{selector} raised {name}",
         "exception": name,
         "traceback": _lines(error.__traceback__),
         "selector": selector,
     }
+    if isinstance(error, GrantMissing):
+        return told | {"message": text, "grant": [error.details["target"], error.details["grant"]]}
+    return told
 
 
 def missed(error: DoesNotUnderstand, session: Session) -> dict[str, Any] | None:

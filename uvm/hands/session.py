@@ -14,7 +14,9 @@ from types import MethodType
 from typing import Any
 
 from uvm import codec
+from uvm.capabilities import KINDS, missing
 from uvm.errors import DoesNotUnderstand, ValueNotStorable
+from uvm.hands.facades import Facade
 from uvm.hands.methods import compiled
 from uvm.hands.natives import NATIVES, RESERVED, filename, is_public
 from uvm.hands.proxy import Proxy, to_proxies, to_refs
@@ -28,6 +30,7 @@ class Thing:
 
     Attributes:
         code: bytecode of methods that were compiled before, by selector.
+        grants: kinds of its own grants, by slot.
         stored: encoded values as the image has them; None for a large one not asked for yet.
         values: what was read or assigned in this run.
         kept: whether the method said `_p_changed = True`.
@@ -39,6 +42,7 @@ class Thing:
     methods: dict[str, str]
     code: dict[str, bytes]
     stored: dict[str, bytes | None]
+    grants: dict[str, str]
     values: dict[str, Any] = field(default_factory=dict)
     deleted: set[str] = field(default_factory=set)
     kept: bool = False
@@ -50,7 +54,8 @@ class Thing:
 
 def _thing(oid: str, view: dict[str, Any]) -> Thing:
     stored = view["slots"] | dict.fromkeys(view["large"])
-    return Thing(oid, view["name"], tuple(view["parents"]), view["methods"], view["code"], stored)
+    grants = view.get("grants", {})
+    return Thing(oid, view["name"], tuple(view["parents"]), view["methods"], view["code"], stored, grants)
 
 
 class Session:
@@ -92,10 +97,11 @@ class Session:
         return oid
 
     def read(self, oid: str, name: str) -> Any:
-        """Returns a slot's value, a bound method or a bound native.
+        """Returns a slot's value, a bound method, a grant or a bound native.
 
         Raises:
             AttributeError: an underscore name.
+            GrantMissing: the name of a kind of grants, and nobody in the delegation chain has it.
             DoesNotUnderstand: nobody in the delegation chain has it.
         """
         thing = self._things.get(oid)
@@ -105,9 +111,11 @@ class Session:
             raise AttributeError(f"'{name}' is out of reach: a method uses no names with an underscore")
         owner = self._owner(oid, name)
         if owner is not None:
-            return self._method(owner, name, oid) if name in owner.methods else self._value(owner, name)
+            return self._held(owner, name, oid)
         if name in NATIVES:
             return partial(self._natives[name], oid)
+        if name in KINDS:
+            raise missing(self.label(oid), self.origin(oid), name)
         if not is_public(name):
             raise AttributeError(f"'{name:.40}' can't be a slot's or a method's name")
         raise DoesNotUnderstand(
@@ -118,7 +126,7 @@ class Session:
         """Assigns a data slot of the object itself; `_p_changed = True` keeps its changes.
 
         Raises:
-            AttributeError: the name belongs to a method or a native, or can't be a slot's.
+            AttributeError: the name belongs to a method, a grant or a native, or can't be a slot's.
         """
         thing = self._thing(oid)
         if name == "_p_changed" and value is True:
@@ -200,9 +208,22 @@ class Session:
 
     def _owner(self, oid: str, name: str) -> Thing | None:
         for thing in self._chain(oid):
-            if name in thing.methods or thing.has(name):
+            if name in thing.methods or name in thing.grants or thing.has(name):
                 return thing
         return None
+
+    def _held(self, owner: Thing, name: str, receiver: str) -> Any:
+        if name in owner.methods:
+            return self._method(owner, name, receiver)
+        if name in owner.grants:
+            return Facade(owner.grants[name], f"self.{name}", partial(self._use, owner.oid, name))
+        return self._value(owner, name)
+
+    def _use(
+        self, holder: str, slot: str, verb: str, args: list[Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        answer: dict[str, Any] = self._ask("use", [holder, slot, verb, args, kwargs])
+        return answer
 
     def _method(self, owner: Thing, selector: str, receiver: str) -> MethodType:
         file = filename(owner.name or owner.oid, selector)
@@ -226,6 +247,8 @@ class Session:
         owner = self._owner(oid, name)
         if owner is not None and name in owner.methods:
             raise AttributeError(f"'{name}' is a method of {self.label(owner.oid)}: choose another slot name")
+        if owner is not None and name in owner.grants:
+            raise AttributeError(f"'{name}' is a grant of {self.label(owner.oid)}: choose another slot name")
         if name in RESERVED:
             raise AttributeError(f"'{name}' can't be changed by a method: choose another slot name")
         if owner is None and name in NATIVES:
@@ -254,7 +277,7 @@ class Session:
             )
         if name in self._created or self._ask("taken", name):
             raise ValueError(f"another object has the name '{name}'")
-        thing = Thing(f"new:{len(self._created) + 1}", name, (oid,), {}, {}, {}, kept=True)
+        thing = Thing(f"new:{len(self._created) + 1}", name, (oid,), {}, {}, {}, {}, kept=True)
         self._created[name] = self._things[thing.oid] = thing
         return self.proxy(thing.oid)
 

@@ -21,6 +21,7 @@ from uvm.errors import ForbiddenClass
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "uvm.image.prototypes": ("UvmObject", "UvmMethod"),
+    "uvm.image.grants": ("Grant",),
     "uvm.image.journal": ("MissionRow",),
     "uvm.memory.catalog": ("KnowledgeCatalog", "Chunk"),
     "persistent.mapping": ("PersistentMapping",),

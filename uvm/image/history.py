@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from uvm.errors import MethodNotFound
+from uvm.errors import MethodNotFound, SlotProtected
+from uvm.image.grants import Grant
 from uvm.image.prototypes import UvmMethod, UvmObject
 
 
@@ -22,8 +23,24 @@ def own_method(target: UvmObject, selector: str) -> UvmMethod:
     return method
 
 
+def check_no_grant(target: UvmObject, selector: str) -> None:
+    """Checks that a method of this name would hide no grant.
+
+    Raises:
+        SlotProtected: it would.
+    """
+    held = target.lookup(selector)
+    if held is not None and isinstance(held[1], Grant):
+        raise SlotProtected(f"{held[0].label}.{selector} is a grant; choose another selector", slot=selector)
+
+
 def install(target: UvmObject, method: UvmMethod) -> None:
-    """Puts a method into its target; the version that it replaces becomes its history."""
+    """Puts a method into its target; the version that it replaces becomes its history.
+
+    Raises:
+        SlotProtected: the method would hide a grant.
+    """
+    check_no_grant(target, method.selector)
     earlier = target._slots.get(method.selector)
     target._slots[method.selector] = earlier.succeed(method) if isinstance(earlier, UvmMethod) else method
 

@@ -77,12 +77,14 @@ class Txn:
 
     Attributes:
         tid: 16-digit hex id of the transaction, once it has committed something; else empty.
+        writable: whether it can commit; False for a view.
     """
 
-    def __init__(self, manager: TransactionManager, connection: Any) -> None:
+    def __init__(self, manager: TransactionManager, connection: Any, *, writable: bool = True) -> None:
         self._manager = manager
         self._connection = connection
         self._edits: Counter[str] = Counter()
+        self.writable = writable
         self.tid = ""
 
     @property
@@ -174,6 +176,14 @@ class Txn:
     def savepoint(self) -> Any:
         """Returns a savepoint: `rollback()` undoes what comes after it; nothing reaches the disk."""
         return self._manager.savepoint()
+
+    def companion(self, kind: type[T]) -> T | None:
+        """Returns the resource manager of this kind that takes part, or None."""
+        return next((found for found in self._manager.get()._resources if isinstance(found, kind)), None)
+
+    def join(self, resource: Any) -> None:
+        """Lets a resource manager of the `transaction` package take part in the two-phase commit."""
+        self._manager.get().join(resource)
 
     def doom(self) -> None:
         """Makes sure that this transaction can only end by aborting."""
@@ -293,9 +303,12 @@ class LivingImage:
             return
         note, user = manager.get().description, manager.get().user
         async with self._commit_lock:  # FileStorage commits one at a time anyway; this makes the tid ours
+            before = self.last_transaction()
             await blocking(manager.commit)
             txn.tid = self.last_transaction()
-        if self._on_commit is not None:
+        if txn.tid == before:  # companions alone had something to commit
+            txn.tid = ""
+        elif self._on_commit is not None:
             await self._on_commit(txn.tid, note, user)
 
     @asynccontextmanager
@@ -305,6 +318,12 @@ class LivingImage:
         Raises:
             InvalidField: `as_of` lies in the future.
         """
+        with self.view(as_of) as txn:
+            yield txn
+
+    @contextmanager
+    def view(self, as_of: dt.datetime | str | None = None) -> Iterator[Txn]:
+        """Gives what `reading` gives, in threads too."""
         manager = TransactionManager(explicit=True)
         at = bytes.fromhex(as_of) if isinstance(as_of, str) else as_of
         try:
@@ -314,7 +333,7 @@ class LivingImage:
         try:
             manager.begin()
             with _typed_errors("reading"):
-                yield Txn(manager, connection)
+                yield Txn(manager, connection, writable=False)
         finally:
             manager.abort()
             connection.close()

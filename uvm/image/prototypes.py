@@ -2,7 +2,7 @@
 
 A `UvmObject` has slots and parents and no class of its own making: what it does not hold itself it looks up
 through its parents, depth first. Methods are slots whose value is a `UvmMethod`: source with its provenance,
-never a function. Layer 1: knows nothing of the kernel, the mind or the hands.
+never a function; grants are slots whose value is a `Grant`. Layer 1: knows nothing of kernel, mind or hands.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from persistent import Persistent
 from persistent.mapping import PersistentMapping
 
 from uvm.errors import DoesNotUnderstand
+from uvm.image.grants import Grant
 from uvm.image.shapes import Shape, a, names, tuple_of
 
 
@@ -164,9 +165,24 @@ class UvmObject(Persistent):
         """Returns this object's own methods by selector."""
         return {name: value for name, value in self._slots.items() if isinstance(value, UvmMethod)}
 
+    def grants(self) -> dict[str, Grant]:
+        """Returns this object's own grants by the name of their slot."""
+        return {name: value for name, value in self._slots.items() if isinstance(value, Grant)}
+
+    def grants_in_reach(self) -> dict[str, tuple[UvmObject, Grant]]:
+        """Returns the grants that methods of this object can use, with their holders, by slot."""
+        slots = dict.fromkeys(slot for owner in self.chain() for slot in owner.grants())
+        found = {slot: self.lookup(slot) for slot in slots}
+        return {slot: held for slot, held in found.items() if held and isinstance(held[1], Grant)}
+
     def data(self) -> dict[str, Any]:
         """Returns this object's own data slots; values are the live ones, not copies."""
-        return {name: value for name, value in self._slots.items() if not isinstance(value, UvmMethod)}
+        return {name: value for name, value in self._slots.items() if is_data(value)}
+
+
+def is_data(value: Any) -> bool:
+    """Returns whether a slot's value is plain data, which may be read, written and sent."""
+    return not isinstance(value, (UvmMethod, Grant))
 
 
 UvmObject._shape = {

@@ -1,17 +1,20 @@
 """What a person can say exactly: `shop_obj.add_item("apples", 4)` and `/commands`. No model reads these.
 
-Imports `messages`, to check what it returns, and the errors.
+Imports `messages`, to check what it returns, the kinds of grants, and the errors.
 """
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shlex
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from uvm.capabilities import KINDS
 from uvm.errors import BatosError, InvalidField, UnknownCommand
 from uvm.messages import Rejected, pack_request, parse_request
 from uvm.parser.context import Context
@@ -186,6 +189,43 @@ def _create(rest: str) -> Command:
     return checked({"command": "create_object", "name": names[0], **parents})
 
 
+def _grant(rest: str) -> Command:
+    try:
+        where, kind, *said = shlex.split(rest)
+    except ValueError:
+        raise InvalidField("something is missing, or a quotation mark is open") from None
+    target, _, slot = where.partition(".")
+    read = _OPTIONS.get(kind)
+    if read is None:
+        raise InvalidField(f"{kind:.40} is no kind of grant; there are {', '.join(_OPTIONS)}")
+    command = {"command": "grant", "target_oid": target, "kind": kind, "options": read(said)}
+    return checked({**command, "slot": slot} if slot else command)
+
+
+def _folder(said: list[str]) -> dict[str, Any]:
+    if not 1 <= len(said) <= 2 or said[1:] not in ([], ["write"]):
+        raise InvalidField("after files comes a PATH, quoted if it has blanks, then `write` or nothing")
+    return {"path": os.path.abspath(os.path.expanduser(said[0])), "write": len(said) == 2}
+
+
+def _hosts(said: list[str]) -> dict[str, Any]:
+    return {"hosts": said}
+
+
+def _no_options(said: list[str]) -> dict[str, Any]:
+    if said:
+        raise InvalidField(f"nothing may follow, not {said[0]!r:.40}")
+    return {}
+
+
+_OPTIONS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+    "files": _folder,
+    "http": _hosts,
+    "clock": _no_options,
+    "recall": _no_options,
+    "ask": _no_options,
+}
+
 SLASHES: dict[str, Slash] = {
     "help": Slash("", "shows this", _alone("help")),
     "objects": Slash("[PREFIX]", "lists the objects", _with("list_objects", "prefix", optional=True)),
@@ -198,6 +238,13 @@ SLASHES: dict[str, Slash] = {
         "OBJECT.METHOD [VERSION]", "brings an earlier version back", _with_match("revert_method", _METHOD)
     ),
     "undo": Slash("TRANSACTION", "undoes a transaction", _with("undo", "transaction_id")),
+    "grant": Slash(
+        "OBJECT[.SLOT] KIND …",
+        f"lets methods use a part of the world: {', '.join(kind.usage for kind in KINDS.values())}",
+        _grant,
+    ),
+    "revoke": Slash("OBJECT.SLOT", "takes a grant back", _with_match("revoke", _SLOT_NAME)),
+    "grants": Slash("[OBJECT]", "lists what was granted", _with("grants", "target_oid", optional=True)),
     "remember": Slash("TEXT", "keeps a text in the memory", _with("remember", "text")),
     "recall": Slash("QUERY", "searches the memory", _with("recall", "query")),
     "missions": Slash("[STATE]", "lists the missions", _with("missions", "state", optional=True)),

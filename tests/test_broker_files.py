@@ -1,0 +1,570 @@
+"""Granted folders: what a method may do there, what leads out of them, how writes join the transaction."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.kernels import PROJECT
+from tests.broker import HOLDER, Call, Refused, World
+from uvm import messenger
+from uvm.broker import broker, folder
+from uvm.errors import FilesNotWritten, HandDied, InvalidField, MalformedMessage, SlotNotFound
+from uvm.grant_options import FilesOptions
+from uvm.hands.calls import Outcome, SlotChanges
+from uvm.image.image import Txn
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    world = World(tmp_path)
+    await world.start()
+    before = descriptors()
+    yield world
+    assert descriptors() == before  # whatever a test did, nothing stays open
+    await world.close()
+
+
+def descriptors() -> list[str]:
+    """What is open of the file system, apart from the image's own."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return sorted(name for name in found if "/granted" in name or "/outside" in name)
+
+
+async def refusal(call: Call, verb: str, *args: Any) -> str:
+    with pytest.raises(Refused) as refused:
+        await call.files(verb, *args)
+    return refused.value.kind
+
+
+# Verbs
+
+
+async def test_a_call_sees_what_it_wrote_and_the_disk_only_what_was_committed(world: World) -> None:
+    await world.grant_files()
+    (world.folder / "old.txt").write_text("old\n")
+    (world.folder / "sub").mkdir()
+    async with world.image.transaction("t") as txn:
+        call = world.call(txn)
+        await call.files("write_text", "new.txt", "grüß\r\n")
+        await call.files("append_text", "new.txt", "more")
+        await call.files("append_text", "old.txt", "new\n")
+        await call.files("write_bytes", "sub/raw", b"\x00\xff")
+        assert await call.files("read_text", "new.txt") == "grüß\r\nmore"
+        assert await call.files("read_text", "./old.txt") == "old\nnew\n"
+        assert await call.files("read_bytes", "sub//raw") == b"\x00\xff"
+        assert await call.files("list") == ["new.txt", "old.txt", "sub/"]
+        assert await call.files("list", "sub") == ["raw"]
+        assert [await call.files("exists", name) for name in ("new.txt", "sub", "none")] == [
+            True,
+            True,
+            False,
+        ]
+        assert await call.files("size", "sub/raw") == 2
+        await call.files("delete", "old.txt")
+        assert await call.files("exists", "old.txt") is False
+        assert await refusal(call, "read_text", "old.txt") == "FileNotFoundError"
+        assert await refusal(call, "delete", "old.txt") == "FileNotFoundError"
+        assert await refusal(call, "read_text", "sub/raw") == "ValueError"  # no text
+        assert world.names() == ["old.txt", "sub"]
+        call.uses.keep()
+        second = world.call(txn)  # a later call of the same transaction
+        assert await second.files("read_text", "new.txt") == "grüß\r\nmore"
+        assert await second.files("list") == ["new.txt", "sub/"]
+        assert world.names() == ["old.txt", "sub"]
+    assert world.names() == ["new.txt", "sub"]
+    assert (world.folder / "new.txt").read_bytes() == "grüß\r\nmore".encode()
+    assert (world.folder / "sub" / "raw").read_bytes() == b"\x00\xff"
+
+
+async def test_reading_grants_do_not_write(world: World) -> None:
+    await world.grant_files(write=False)
+    (world.folder / "a").write_text("a")
+    async with world.image.transaction("t") as txn:
+        call = world.call(txn)
+        assert await call.files("read_text", "a") == "a"
+        for verb, *args in (("write_text", "b", ""), ("append_text", "a", ""), ("delete", "a")):
+            assert await refusal(call, verb, *args) == "PermissionError"
+        call.uses.keep()
+    assert world.text("a") == "a"
+
+
+async def test_a_look_at_an_earlier_image_can_read_but_not_write(world: World) -> None:
+    await world.grant_files()
+    (world.folder / "a").write_text("a")
+    async with world.image.reading(world.image.last_transaction()) as txn:
+        call = world.call(txn)
+        assert await call.files("read_text", "a") == "a"
+        assert await refusal(call, "write_text", "a", "b") == "PermissionError"
+
+
+async def test_a_replaced_file_keeps_its_rights(world: World) -> None:
+    await world.grant_files()
+    file = world.folder / "a"
+    file.write_text("a")
+    file.chmod(0o640)
+    await world.once("files", "write_text", "a", "b")
+    assert (file.stat().st_mode & 0o777, world.text("a")) == (0o640, "b")
+
+
+async def test_sizes_and_numbers_are_limited(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.grant_files(max_bytes=10)
+    (world.folder / "large").write_text("x" * 11)
+    monkeypatch.setattr("uvm.broker.files.MAX_STAGED_FILES", 2)
+    monkeypatch.setattr("uvm.broker.files.MAX_STAGED_BYTES", 15)
+    async with world.image.transaction("t") as txn:
+        call = world.call(txn)
+        assert await refusal(call, "read_text", "large") == "ValueError"
+        assert await call.files("size", "large") == 11
+        await call.files("write_text", "a", "x" * 10)
+        assert await refusal(call, "append_text", "a", "x") == "ValueError"
+        assert await call.files("read_text", "a") == "x" * 10
+        assert await refusal(call, "write_text", "b", "x" * 6) == "ValueError"
+        await call.files("write_text", "b", "x" * 5)
+        assert await refusal(call, "write_text", "c", "") == "ValueError"
+        monkeypatch.setitem(broker.MAX_USES, "files", 9)
+        assert await call.files("exists", "a") is True
+        for _ in range(broker.MAX_REFUSED):
+            assert await refusal(call, "exists", "a") == "RuntimeError"
+        with pytest.raises(HandDied, match="goes on"):
+            await call.files("exists", "a")
+        call.uses.keep()
+    assert world.names() == ["a", "b", "large"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "args", "kwargs"),
+    [
+        ("read_text", [], {}),
+        ("read_text", ["a", "b"], {}),
+        ("read_text", [1], {}),
+        ("read_text", [b"a"], {}),
+        ("write_text", ["a", b"b"], {}),
+        ("write_bytes", ["a", "b"], {}),
+        ("read_text", ["a"], {"path": "a"}),
+        ("read_text", ["a"], {"encoding": "latin-1"}),
+    ],
+)
+async def test_wrong_arguments_are_type_errors(
+    world: World, verb: str, args: list[Any], kwargs: dict[str, Any]
+) -> None:
+    await world.grant_files()
+    async with world.image.transaction("t") as txn:
+        with pytest.raises(Refused, match="TypeError"):
+            await world.call(txn).use("files", verb, *args, **kwargs)
+
+
+async def test_what_an_honest_hand_does_not_ask_ends_the_call(world: World) -> None:
+    await world.grant_files()
+    async with world.image.transaction("t") as txn:
+        call = world.call(txn)
+        for slot, verb in (
+            ("files", "chmod"),
+            ("files", "__class__"),
+            ("http", "get"),
+            ("name", "read_text"),
+        ):
+            with pytest.raises(MalformedMessage):
+                await call.use(slot, verb, "a")
+
+
+# The way out
+
+
+OUT = [
+    "../outside/secret",
+    "/etc/passwd",
+    "sub/../../outside/secret",
+    "sub/..",
+    "..",
+    "link",
+    "inner",
+    "dirlink/secret",
+    "dirlink/other",
+    "dirlink/new",
+    "../outside/other",
+]
+ODD = ["a\x00b", "a\nb", "a\\b", ".batos-a", "sub/.batos-a", "x" * 256, "x/" * 40 + "x", "\ud800", "é" * 200]
+SPECIAL = ["fifo", "socket", "twice", "link/x", "fifo/x"]
+
+
+@pytest.fixture
+async def trapped(world: World) -> World:
+    """A folder with every way out that a file system offers."""
+    await world.grant_files()
+    outside = world.home / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("secret")  # has a second name, in the folder
+    (outside / "other").write_text("other")
+    (world.folder / "sub").mkdir()
+    (world.folder / "file").write_text("file")
+    (world.folder / "link").symlink_to(outside / "secret")
+    (world.folder / "inner").symlink_to("file")
+    (world.folder / "dirlink").symlink_to(outside)
+    os.mkfifo(world.folder / "fifo")
+    os.link(outside / "secret", world.folder / "twice")
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.getcwd()
+        os.chdir(world.folder)  # a socket's path is short
+        server.bind("socket")
+        os.chdir(here)
+    return world
+
+
+@pytest.mark.parametrize("path", [*OUT, *ODD, *SPECIAL])
+async def test_no_path_leads_out(trapped: World, path: str) -> None:
+    async with trapped.image.transaction("t") as txn:
+        call = trapped.call(txn)
+        for verb, *args in (
+            ("read_text", path),
+            ("read_bytes", path),
+            ("write_text", path, "x"),
+            ("append_text", path, "x"),
+            ("delete", path),
+            ("size", path),
+        ):
+            assert await refusal(call, verb, *args) in ("PermissionError", "FileNotFoundError")
+        with contextlib.suppress(Refused):
+            assert await call.files("exists", path) is False
+        call.uses.keep()
+    assert (trapped.home / "outside" / "secret").read_text() == "secret"
+    assert sorted(os.listdir(trapped.home / "outside")) == ["other", "secret"]
+    assert (trapped.home / "outside" / "other").read_text() == "other"
+
+
+async def test_only_plain_files_and_folders_are_listed(trapped: World) -> None:
+    assert await trapped.once("files", "list") == ["file", "sub/"]
+
+
+@pytest.mark.parametrize("path", ["", ".", "./", "sub"])
+async def test_a_folder_is_no_file(trapped: World, path: str) -> None:
+    async with trapped.image.transaction("t") as txn:
+        for verb, *args in (("read_text", path), ("write_text", path, "x"), ("append_text", path, "x")):
+            assert await refusal(trapped.call(txn), verb, *args) == "IsADirectoryError"
+
+
+async def test_a_folder_swapped_for_a_link_leads_nowhere(world: World) -> None:
+    await world.grant_files()
+    outside = world.home / "outside"
+    for place, content in ((outside, "secret"), (world.folder / "sub", "mine")):
+        place.mkdir()
+        (place / "x").write_text(content)
+    stop = threading.Event()
+
+    def swap() -> None:
+        while not stop.is_set():
+            os.rename(world.folder / "sub", world.home / "aside")
+            os.symlink(outside, world.folder / "sub")
+            os.unlink(world.folder / "sub")
+            os.rename(world.home / "aside", world.folder / "sub")
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    seen: set[str] = set()
+    try:
+        for number in range(150):
+            with contextlib.suppress(Refused):
+                seen.add(await world.once("files", "read_text", "sub/x"))
+            with contextlib.suppress(Refused, FilesNotWritten):
+                await world.once("files", "write_text", "sub/y", str(number))
+    finally:
+        stop.set()
+        thread.join()
+    assert seen <= {"mine"}
+    assert sorted(os.listdir(outside)) == ["x"]
+    assert world.names() == ["sub"]
+
+
+async def test_a_granted_folder_that_became_a_link_is_refused(world: World) -> None:
+    await world.grant_files()
+    (world.folder / "a").write_text("a")
+    os.rename(world.folder, world.home / "moved")
+    os.symlink(world.home / "moved", world.folder)
+    async with world.image.transaction("t") as txn:
+        for verb, *args in (("read_text", "a"), ("write_text", "a", "b"), ("list",)):
+            assert await refusal(world.call(txn), verb, *args) == "FileNotFoundError"
+
+
+async def test_a_link_in_the_path_of_a_grant_is_resolved_when_it_is_granted(world: World) -> None:
+    (world.home / "door").symlink_to(world.folder)
+    await world.grant_files(path=world.home / "door")
+    [told] = await world.granting.listed(HOLDER)
+    assert told["options"]["path"] == str(world.folder)
+    await world.once("files", "write_text", "a", "a")
+    assert world.text("a") == "a"
+
+
+async def test_what_is_not_the_architects_to_grant(world: World) -> None:
+    (world.folder / "file").write_text("")
+    (world.home / "bat" / "sub").mkdir()
+    (world.folder / "way").symlink_to(world.home / "bat")
+    refused = [
+        "/",
+        "/proc",
+        "/proc/self",
+        "/sys",
+        "/dev",
+        world.home,
+        world.home / "bat",
+        world.home / "bat/sub",
+    ]
+    for path in [*refused, world.folder / "way", world.folder / "file", world.folder / "none"]:
+        with pytest.raises(InvalidField, match=r"can't be granted|is no folder"):
+            await world.granting.grant(HOLDER, "files", FilesOptions(kind="files", path=str(path)))
+    assert await world.granting.listed(None) == []
+
+
+# The transaction
+
+
+async def test_what_is_aborted_doomed_or_not_kept_leaves_nothing(world: World) -> None:
+    await world.grant_files()
+
+    async def fail(txn: Txn) -> None:
+        call = world.call(txn)
+        await call.files("write_text", "a", "a")
+        call.uses.keep()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await world.image.attempt("t", fail)
+    async with world.image.transaction("t") as txn:
+        txn.doom()
+        call = world.call(txn)
+        await call.files("write_text", "a", "a")
+        call.uses.keep()
+    async with world.image.transaction("t") as txn:  # as a trial does
+        await world.call(txn).files("write_text", "a", "a")
+        assert await world.call(txn).files("exists", "a") is False
+    assert world.names() == []
+
+
+async def test_a_file_that_can_not_be_written_takes_the_image_with_it(world: World) -> None:
+    await world.grant_files()
+    (world.folder / "sub").mkdir()
+
+    async def unit(txn: Txn) -> None:
+        call = world.call(txn)
+        await call.files("write_text", "a", "a")
+        await call.files("write_text", "sub/b", "b")
+        call.uses.keep()
+        txn.find(HOLDER).count = 1
+        (world.folder / "sub").rmdir()
+
+    with pytest.raises(FilesNotWritten, match="sub/b was not written"):
+        await world.image.attempt("t", unit)
+    assert world.names() == []
+    async with world.image.reading() as txn:
+        assert "count" not in txn.find(HOLDER).data()
+
+
+async def test_the_image_and_the_files_commit_together(world: World) -> None:
+    await world.grant_files()
+    async with world.image.transaction("t") as txn:
+        call = world.call(txn)
+        await call.files("write_text", "a", "a")
+        call.uses.keep()
+        txn.find(HOLDER).count = 1
+    assert len(txn.tid) == 16
+    assert world.text("a") == "a"
+    async with world.image.transaction("files alone") as txn:
+        call = world.call(txn)
+        await call.files("delete", "a")
+        call.uses.keep()
+    assert (txn.tid, world.names()) == ("", [])
+
+
+async def test_a_conflict_in_the_image_leaves_one_write(world: World) -> None:
+    await world.grant_files()
+    runs = 0
+
+    async def unit(txn: Txn) -> None:
+        nonlocal runs
+        runs += 1
+        found = txn.find(HOLDER)
+        found.count = found.data().get("count", 0) + 1
+        call = world.call(txn)
+        await call.files("write_text", f"run{runs}", "x")
+        call.uses.keep()
+        if runs == 1:
+            async with world.image.transaction("the other") as other:
+                other.find(HOLDER).count = 10
+
+    await world.image.attempt("t", unit)
+    assert (runs, world.names()) == (2, ["run2"])
+
+
+async def test_appends_at_the_same_time_are_all_there(world: World) -> None:
+    await world.grant_files()
+    await asyncio.gather(*(world.once("files", "append_text", "log", f"{n}\n") for n in range(4)))
+    assert sorted(world.text("log").split()) == ["0", "1", "2", "3"]
+
+
+async def test_a_file_that_somebody_else_changed_is_read_again(world: World) -> None:
+    await world.grant_files()
+    (world.folder / "a").write_text("1")
+    runs = 0
+
+    async def unit(txn: Txn) -> None:
+        nonlocal runs
+        runs += 1
+        call = world.call(txn)
+        number = int(await call.files("read_text", "a"))
+        await call.files("write_text", "a", str(number + 1))
+        call.uses.keep()
+        if runs == 1:
+            (world.folder / "a").write_text("100")
+
+    await world.image.attempt("t", unit)
+    assert (runs, world.text("a")) == (2, "101")
+
+
+async def test_savepoints_neither_lose_nor_leak_writes(world: World) -> None:
+    await world.grant_files()
+    async with world.image.transaction("t") as txn:
+        call = world.call(txn)
+        await call.files("write_text", "a", "a")
+        call.uses.keep()
+        writes = {world.oid: SlotChanges({"count": 1}, ())}
+        seen = {world.oid: txn.edition(txn.find(HOLDER))}
+        assert messenger.lost_in_storage(txn, Outcome(None, writes, (), {}, "", 0.0, seen)) == []
+        before = txn.savepoint()
+        later = world.call(txn)
+        await later.files("write_text", "b", "b")
+        later.uses.keep()
+        before.rollback()
+    assert world.names() == ["a"]
+    async with world.image.transaction("t") as txn:
+        before = txn.savepoint()
+        call = world.call(txn)
+        await call.files("write_text", "c", "c")
+        call.uses.keep()  # joins after the savepoint
+        before.rollback()
+        again = world.call(txn)
+        assert await again.files("exists", "c") is False
+        await again.files("write_text", "d", "d")
+        again.uses.keep()
+    assert world.names() == ["a", "d"]
+
+
+# Revoking, leftovers
+
+
+async def test_revoking_takes_effect_at_once(world: World) -> None:
+    await world.grant_files()
+    (world.folder / "a").write_text("a")
+    async with world.image.transaction("t") as txn:
+        call = world.call(txn)
+        assert await call.files("read_text", "a") == "a"
+        await world.granting.revoke(HOLDER, "files")
+        assert await refusal(call, "read_text", "a") == "PermissionError"
+    async with world.image.reading(txn.tid or world.image.last_transaction()) as past:
+        with pytest.raises(MalformedMessage):
+            await world.call(past).files("read_text", "a")
+    with pytest.raises(SlotNotFound):
+        await world.granting.revoke(HOLDER, "files")
+
+
+async def test_an_earlier_image_brings_no_power_back(world: World) -> None:
+    await world.grant_files()
+    (world.folder / "a").write_text("a")
+    granted = world.image.last_transaction()
+    await world.granting.revoke(HOLDER, "files")
+    async with world.image.reading(granted) as past:
+        assert await refusal(world.call(past), "read_text", "a") == "PermissionError"
+
+
+async def test_what_was_staged_before_the_revoking_is_not_written(world: World) -> None:
+    await world.grant_files()
+
+    async def unit(txn: Txn) -> None:
+        call = world.call(txn)
+        await call.files("write_text", "a", "a")
+        call.uses.keep()
+        await world.granting.revoke(HOLDER, "files")
+
+    with pytest.raises(FilesNotWritten, match="revoked"):
+        await world.image.attempt("t", unit)
+    assert world.names() == []
+
+
+async def test_a_narrower_grant_counts_at_once(world: World) -> None:
+    await world.grant_files()
+    async with world.image.transaction("t") as txn:
+        call = world.call(txn)
+        await world.grant_files(write=False)
+        assert await refusal(call, "write_text", "a", "a") == "PermissionError"
+
+
+KILLED = """
+import asyncio, os, sys
+from pathlib import Path
+from tests.broker import World
+
+async def main():
+    world = World(Path(sys.argv[1]))
+    await world.start()
+    await world.grant_files()
+    os.rename = lambda *_, **__: os._exit(9)  # the power goes after the image's commit
+    async with world.image.transaction("t") as txn:
+        call = world.call(txn)
+        await call.files("write_text", "a", "a")
+        call.uses.keep()
+        txn.find("genesis_obj").count = 1
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+async def test_what_a_kill_left_is_swept_and_what_is_in_use_is_not(tmp_path: Path) -> None:
+    killed = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", KILLED, str(tmp_path)], cwd=PROJECT, check=False
+    )
+    assert killed.returncode == 9
+    [left] = os.listdir(tmp_path / "granted")
+    assert left.startswith(folder.TEMPORARY)
+    world = World(tmp_path)
+    await world.start()
+    try:
+        async with world.image.reading() as txn:
+            assert txn.find(HOLDER).count == 1
+        assert await world.once("files", "list") == []
+        assert world.names() == []
+    finally:
+        await world.close()
+
+
+# Limits of the whole
+
+
+async def test_the_time_of_all_uses_is_limited(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker, "MAX_WAIT_S", 0.0)
+    await world.grant_files()
+    async with world.image.transaction("t") as txn:
+        assert await refusal(world.call(txn), "exists", "a") == "TimeoutError"
+
+
+async def test_each_use_is_told_without_contents(world: World) -> None:
+    await world.grant_files()
+    await world.once("files", "write_text", "a", "s3cret")
+    with pytest.raises(Refused):
+        await world.once("files", "read_text", "none")
+    told = [event for event in world.events if event["event"] == "capability"]
+    assert [(one["verb"], one["what"], one["outcome"]) for one in told] == [
+        ("write_text", "a", "ok"),
+        ("read_text", "none", "FileNotFoundError"),
+    ]
+    assert (told[0]["target"], told[0]["slot"], told[0]["kind"]) == (HOLDER, "files", "files")
+    assert "s3cret" not in str(world.events)

@@ -1,0 +1,227 @@
+"""What a transaction writes into granted folders: nothing touches the disk before the transaction commits.
+
+A resource manager of the `transaction` package. Voting writes temporary files and brings them to the disk,
+finishing renames them, after the image has committed; aborting removes them. Imports `folder` and the errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from ZODB.POSException import ConflictError
+
+from uvm.broker import folder
+from uvm.broker.folder import Parts, Signature
+from uvm.errors import FilesNotWritten
+
+_LAST = "\U0010ffff"  # sorts after every storage: the image commits before files appear
+MISSING: Signature = (0, 0, 0, 0)  # of a file that is not there
+if sys.platform != "win32":  # there are no hands there, and so no grants
+    import fcntl
+
+    _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A file in a granted folder; two grants may lead to the same one."""
+
+    root: str
+    parts: Parts
+
+    @property
+    def path(self) -> str:
+        """Where it is on the disk."""
+        return os.path.join(self.root, *self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is to become of a file: its new content, or None to delete it.
+
+    Attributes:
+        before: signature of the file that was read, which the change builds on, or `MISSING`; None where
+            none was read.
+        granted: whether the grant still holds; asked when the transaction votes.
+    """
+
+    place: Place
+    content: bytes | None
+    before: Signature | None
+    granted: Callable[[], bool]
+
+
+@dataclass(slots=True)
+class _Ready:
+    """A change that only needs to be made visible: `temporary` in `root` becomes `name` in `parent`."""
+
+    change: Change
+    root: int
+    parent: int
+    temporary: str | None
+
+
+class StagedFiles:
+    """The changes of one transaction.
+
+    Attributes:
+        changes: by path on the disk.
+    """
+
+    def __init__(self, changes: dict[str, Change]) -> None:
+        self.changes = changes
+        self._ready: list[_Ready] = []
+        self._held = ExitStack()  # the descriptors between voting and the end
+
+    # The contract of a resource manager
+
+    def sortKey(self) -> str:  # noqa: N802 (the name that the package asks for)
+        """Returns a key after those of all storages."""
+        return f"{_LAST}{id(self)}"
+
+    def tpc_begin(self, _: Any) -> None:
+        """Has nothing to begin."""
+
+    def commit(self, _: Any) -> None:
+        """Has nothing to do before the vote."""
+
+    def tpc_vote(self, _: Any) -> None:
+        """Writes everything to the disk, under temporary names.
+
+        Raises:
+            FilesNotWritten: a file can't be written, or its grant is gone.
+            ConflictError: a file that a change builds on has changed.
+        """
+        for path in sorted(self.changes):
+            change = self.changes[path]
+            if not change.granted():
+                raise FilesNotWritten(f"{_told(change)}: the grant was revoked meanwhile", committed=False)
+            try:
+                self._ready.append(self._prepare(change))
+            except OSError as error:
+                raise _not_written(change, error, committed=False) from error
+
+    def tpc_finish(self, _: Any) -> None:
+        """Makes everything visible.
+
+        Raises:
+            FilesNotWritten: a file could not be put in its place, though the image has committed.
+        """
+        failed = None
+        for ready in self._ready:
+            try:
+                _finish(ready)
+            except OSError as error:
+                failed = failed or _not_written(ready.change, error, committed=True)
+        self._ready.clear()
+        self._held.close()
+        if failed is not None:
+            raise failed
+
+    def tpc_abort(self, _: Any) -> None:
+        """Removes whatever was written."""
+        for ready in self._ready:
+            if ready.temporary is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(ready.temporary, dir_fd=ready.root)
+        self._ready.clear()
+        self._held.close()
+
+    abort = tpc_abort
+
+    def savepoint(self) -> _Savepoint:
+        """Returns what takes the changes back to what they are now."""
+        return _Savepoint(self, dict(self.changes))
+
+    def _prepare(self, change: Change) -> _Ready:
+        root = self._held.enter_context(folder.opened(change.place.root))
+        parent = self._held.enter_context(folder.parent_of(root, change.place.parts))
+        sweep(root)
+        now = folder.found(parent, change.place.parts)
+        if change.before not in (None, MISSING if now is None else folder.signature(now)):
+            raise ConflictError(f"{_told(change)} was changed by somebody else")
+        if change.content is None:
+            return _Ready(change, root, parent, None)
+        name, file = self._temporary(root)
+        ready = _Ready(change, root, parent, name)
+        try:
+            _fill(file, change.content, now)
+        except BaseException:
+            os.unlink(name, dir_fd=root)
+            raise
+        return ready
+
+    def _temporary(self, root: int) -> tuple[str, int]:
+        """Returns name and descriptor of a new file, locked so that no sweep takes it for a leftover."""
+        while True:
+            name = f"{folder.TEMPORARY}{secrets.token_hex(8)}"
+            file = os.open(name, _NEW_FILE, 0o666, dir_fd=root)
+            self._held.callback(os.close, file)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file).st_nlink:
+                    return name, file
+            # A sweep came between making and locking it.
+
+
+class _Savepoint:
+    def __init__(self, staged: StagedFiles, changes: dict[str, Change]) -> None:
+        self._staged = staged
+        self._changes = changes
+
+    def rollback(self) -> None:
+        """Takes the changes back."""
+        self._staged.changes = dict(self._changes)
+
+
+def sweep(root: int) -> None:
+    """Removes what a kernel that was killed left half-written in a folder, given by its descriptor."""
+    for name in os.listdir(root):
+        if name.startswith(folder.TEMPORARY):
+            with contextlib.suppress(OSError), ExitStack() as stack:
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=root)
+                stack.callback(os.close, file)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its kernel lives
+                os.unlink(name, dir_fd=root)
+
+
+def _fill(file: int, content: bytes, before: os.stat_result | None) -> None:
+    """Brings the content to the disk, with owner and rights of the file that it will replace."""
+    if before is not None:
+        with contextlib.suppress(PermissionError):
+            os.fchown(file, before.st_uid, before.st_gid)
+        os.fchmod(file, before.st_mode & 0o777)
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+    os.fsync(file)
+
+
+def _finish(ready: _Ready) -> None:
+    name = ready.change.place.parts[-1]
+    if ready.temporary is None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=ready.parent)
+    else:
+        os.rename(ready.temporary, name, src_dir_fd=ready.root, dst_dir_fd=ready.parent)
+    with ExitStack() as stack:
+        listed = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=ready.parent)
+        stack.callback(os.close, listed)
+        os.fsync(listed)
+
+
+def _not_written(change: Change, error: OSError, *, committed: bool) -> FilesNotWritten:
+    reason = error.strerror or str(error)
+    after = "; the image has committed" if committed else ""
+    return FilesNotWritten(f"{_told(change)} was not written: {reason}{after}", committed=committed)
+
+
+def _told(change: Change) -> str:
+    return "/".join(change.place.parts)
