@@ -29,7 +29,7 @@ async def test_a_model_writes_a_method_that_reads_a_file_and_writes_a_report(
         assert "self.files" in done["method"]["source"]
         assert not (folder / "report.txt").exists()  # trials write nothing
         assert await kernel.send("genesis_obj", "count_notes") == 3
-        assert (folder / "report.txt").read_text().strip() == "3"
+        assert "3" in (folder / "report.txt").read_text()
         (folder / "report.txt").unlink()
         await kernel.request("revoke", target_oid="genesis_obj", slot="files")
         with pytest.raises(errors.GrantMissing, match="/grant genesis_obj files PATH") as missing:
