@@ -72,11 +72,13 @@ async def attacked() -> Report:
 
 def markdown(report: Report) -> str:
     """Returns the table of attack and layer, in Markdown."""
-    lines = [f"As {report.summary['user']}:", "", _row("attack", *ALONE, "all"), _row(*["---"] * 10)]
+    lines = [f"As {report.summary['user']}:", "", _row("attack", NONE, *ALONE, "all"), _row(*["---"] * 11)]
     for case in report.cases:
         if "alone" in case.details:
-            marks = ["stops" if layer in case.details["alone"] else "" for layer in ALONE]
-            lines.append(_row(case.id, *marks, "stopped" if case.passed else "NOT STOPPED"))
+            real = case.details["real"]  # else the system refuses it by itself, and no layer is to be thanked
+            marks = ["stops" if real and layer in case.details["alone"] else "" for layer in ALONE]
+            verdict = "stopped" if case.passed else "NOT STOPPED"
+            lines.append(_row(case.id, "succeeds" if real else "refused", *marks, verdict))
     lines += ["", _row("exhaustion", "what ended it"), _row("---", "---")]
     for case in report.cases:
         if "alone" not in case.details:
