@@ -23,7 +23,7 @@ from evals.kernels import KernelProcess, free_endpoint
 from tests.conftest import Start, scripted
 from uvm import admission, keys, publisher
 from uvm.admission import Admission, Share
-from uvm.bridge import Bridge
+from uvm.bridge import MOST_READ_REFUSED, Bridge
 from uvm.client import Kernel
 from uvm.errors import BatosError, HomeError, KernelRefused, KernelUnreachable, QueueFull
 from uvm.keyfiles import read_pair, read_public
@@ -270,6 +270,43 @@ async def test_a_torn_key_lets_nobody_in_and_stops_nobody(house: House) -> None:
         assert await house.ping() == 0
     assert [type(fault) for fault in house.faults] == [HomeError]  # told once
     assert "torn.key" in str(house.faults[0])
+
+
+async def test_to_refuse_a_large_message_costs_nothing(house: House) -> None:
+    folder = keys.add_client(house.keys_dir, "ada")
+    carried = folder.rename(house.keys_dir.parent / "carried")
+    socket = house.client(carried)._keyed(zmq.DEALER)
+    socket.connect(house.endpoint)
+    await socket.send(pack_request("0", "ping", {}))
+    await socket.recv()
+    keys.revoke_client(house.keys_dir, "ada")
+    for extra, request_id in ((0, "1"), (MOST_READ_REFUSED, None)):
+        await socket.send(pack_request("1", "ping", {"text": "x" * extra}))
+        async with asyncio.timeout(WITHIN_S):
+            answer = unpack(await socket.recv())
+        assert answer["id"] == request_id
+        assert answer["error"]["details"]["reason"] == "revoked"
+    socket.close(linger=0)
+
+
+async def test_after_each_refused_message_others_run(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, turns_at_refusals = 0, []
+
+    async def flood(_: object) -> AsyncIterator[list[zmq.Frame]]:
+        for _ in range(5):
+            yield [zmq.Frame(b"who"), zmq.Frame(pack_request("1", "ping", {}))]
+
+    def send(_envelope: list[bytes], _reply: bytes) -> bool:
+        turns_at_refusals.append(turns)
+        return True
+
+    monkeypatch.setattr("uvm.bridge.received", flood)
+    monkeypatch.setattr(house.bridge, "_send", send)  # type: ignore[attr-defined]
+    reading = asyncio.create_task(house.bridge._read_requests())  # type: ignore[attr-defined]
+    while not reading.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len(set(turns_at_refusals)) == 5
 
 
 # What is recorded can't be played again

@@ -30,6 +30,7 @@ INCOMING, OUTGOING = 64, 256  # requests and replies of one connection that wait
 EVENTS = 1000  # events that wait in ZeroMQ for one subscriber
 REPLY_PATIENCE_S = 30.0  # how long a reply waits for a client that does not read
 RETRY_S, LONGEST_RETRY_S = 0.005, 0.5
+MOST_READ_REFUSED = 1 << 16  # bytes of a refused message that are read to echo its id
 
 
 class Bridge:
@@ -107,41 +108,56 @@ class Bridge:
 
     async def _read_requests(self) -> None:
         async for frames in received(self._router):
+            taken = False
             try:
-                self._take([frame.bytes for frame in frames], _key_of(frames[-1]))
+                taken = self._take([frame.bytes for frame in frames], _key_of(frames[-1]))
             except Exception as error:  # one message must not make the kernel deaf
                 self._report(error)
+            if not taken:  # to refuse costs time here, where it counts against nobody's share
+                await asyncio.sleep(0)
 
-    def _take(self, frames: list[bytes], key: str) -> None:
-        """Begins to answer one message of the client with this key, or refuses it at once.
+    def _take(self, frames: list[bytes], key: str) -> bool:
+        """Begins to answer one message of the client with this key, or refuses it and returns False.
 
         A message is `[identity, payload]` of a DEALER, or `[identity, "", payload]` of a REQ.
         """
         *envelope, payload = frames
         if len(envelope) not in (1, 2) or (len(envelope) == 2 and envelope[1]):
             self._send(frames[:1], pack_error(None, MalformedMessage("a request is one frame")))
-            return
+            return False
         try:
             if not self._clients.allows(key):
-                raise KernelRefused(
-                    "this key was revoked; on the kernel's machine: ./puter.sh key add NAME", reason="revoked"
-                )
+                raise _revoked()
             self._admission.enter(envelope[0], len(payload))
         except BatosError as refusal:
             self._send(envelope, pack_error(_id_of(payload), refusal))
-            return
+            return False
         task = asyncio.create_task(self._answer(envelope, payload))
         self._requests.add(task)
         task.add_done_callback(self._requests.discard)
         task.add_done_callback(lambda _: self._admission.leave(envelope[0], len(payload)))
+        return True
 
     async def _answer(self, envelope: list[bytes], payload: bytes) -> None:
-        """Answers one message, and waits for a client that does not read."""
+        """Answers one message."""
+        request_id: str | int | None = None
         try:
-            reply = await self._reply(payload)
+            request = parse_request(payload)
+            request_id = request.id
+            reply = pack_result(request_id, await self._handler(request.command))
         except asyncio.CancelledError:
-            self._send(envelope, pack_error(_id_of(payload), ShuttingDown("the kernel is shutting down")))
+            self._send(envelope, pack_error(request_id, ShuttingDown("the kernel is shutting down")))
             raise
+        except Rejected as rejected:
+            reply = pack_error(rejected.id, rejected.error)
+        except Exception as error:
+            if not isinstance(error, BatosError):
+                self._report(error)
+            reply = pack_error(request_id, error)
+        await self._deliver(envelope, reply)
+
+    async def _deliver(self, envelope: list[bytes], reply: bytes) -> None:
+        """Sends a reply, and waits for a client that does not read."""
         pause_s, waited_s = RETRY_S, 0.0
         while not self._send(envelope, reply) and waited_s < REPLY_PATIENCE_S:
             await asyncio.sleep(pause_s)  # it is still under way: it counts against who does not read
@@ -159,19 +175,6 @@ class Bridge:
                 self._report(error)
         return True
 
-    async def _reply(self, payload: bytes) -> bytes:
-        request_id: str | int | None = None
-        try:
-            request = parse_request(payload)
-            request_id = request.id
-            return pack_result(request_id, await self._handler(request.command))
-        except Rejected as rejected:
-            return pack_error(rejected.id, rejected.error)
-        except Exception as error:
-            if not isinstance(error, BatosError):
-                self._report(error)
-            return pack_error(request_id, error)
-
 
 def _key_of(frame: zmq.Frame) -> str:
     """Returns the client's public key, as the handshake proved it; empty where there was none."""
@@ -181,7 +184,16 @@ def _key_of(frame: zmq.Frame) -> str:
         return ""
 
 
+def _revoked() -> KernelRefused:
+    return KernelRefused(
+        "this key was revoked; on the kernel's machine: ./puter.sh key add NAME", reason="revoked"
+    )
+
+
 def _id_of(payload: bytes) -> str | int | None:
+    """Returns the id to echo in a refusal; of a large message none, since to read it costs too much."""
+    if len(payload) > MOST_READ_REFUSED:
+        return None
     try:
         return parse_request(payload).id
     except Rejected as rejected:
