@@ -54,8 +54,17 @@ def exists(path: Path) -> bool:
 
 
 def listed(folder: Path) -> list[Path]:
-    """Returns the key files of a folder; what starts with a dot is about to become one."""
-    return sorted(path for path in folder.glob("*.key") if not path.name.startswith("."))
+    """Returns the key files of a folder; what starts with a dot is about to become one.
+
+    Raises:
+        OSError: the folder is there but can't be read, which says nothing about what it holds.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries)
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in names if name.endswith(".key") and not name.startswith(".")]
 
 
 @contextlib.contextmanager
