@@ -72,6 +72,8 @@ class Kernel:
             "missions": lambda c: self._missions.newest(c.state, c.limit),
             "mission": lambda c: self._missions.record(c.mission_id),
             "cancel_mission": lambda c: self._missions.cancel(c.mission_id),
+            "revoke": lambda c: self._granting.revoke(c.target_oid, c.slot),  # not behind those it is to stop
+            "grants": lambda c: self._granting.listed(c.target_oid),
             # work that queues in its own lanes
             "initiate_cognitive_cycle": self._initiate_cognitive_cycle,
             "send_message": self._send_message,
@@ -87,8 +89,6 @@ class Kernel:
             ),
             "undo": self._queued(lambda c: self._objects.undo(c.transaction_id)),
             "grant": self._queued(lambda c: self._granting.grant(c.target_oid, c.slot, c.options)),
-            "revoke": self._queued(lambda c: self._granting.revoke(c.target_oid, c.slot)),
-            "grants": self._queued(lambda c: self._granting.listed(c.target_oid)),
             "remember": self._queued(self._remember),
             "recall": self._queued(self._recall),
         }

@@ -243,6 +243,46 @@ async def test_waiting_for_the_world_is_not_the_hands_time(start_kernel: Start, 
         assert await kernel.send("genesis_obj", "fetch", f"http://{place}/") == "slow"
 
 
+async def test_revoking_does_not_wait_for_the_calls_that_it_stops(
+    start_kernel: Start, tmp_path: Path
+) -> None:
+    fetch = "def fetch(self, url):\n    self.http.get(url)\n    return self.http.get(url)['text']"
+    process = start_kernel(
+        scripted(tmp_path, writes("fetch", fetch), HAND_COUNT="2", MAX_SYNTHESIS_ATTEMPTS="1")
+    )
+    hung = 0
+    both, go = asyncio.Event(), asyncio.Event()
+
+    async def hang(reader: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+        nonlocal hung
+        if b"/hang" in await reader.readuntil(b"\r\n\r\n"):
+            hung += 1
+            (both.set if hung == 2 else both.clear)()
+            await go.wait()
+        out.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ndone")
+        out.close()
+
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    place = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, process.client() as kernel:
+        options = {"hosts": [place], "timeout_s": 60}
+        await kernel.request("grant", target_oid="genesis_obj", kind="http", options=options)
+        assert await kernel.send("genesis_obj", "fetch", f"http://{place}/") == "done"
+        hanging = (kernel.send("genesis_obj", "fetch", f"http://{place}/hang") for _ in range(2))
+        calls = [asyncio.create_task(call) for call in hanging]
+        async with asyncio.timeout(20):
+            await both.wait()
+            assert (await kernel.request("status"))["queue"]["messages"]["running"] == 2
+            assert len(await kernel.request("grants")) == 1
+            await kernel.request("revoke", target_oid="genesis_obj", slot="http")
+            assert await kernel.request("grants") == []
+            go.set()
+            for call in calls:
+                with pytest.raises(errors.MethodRaised, match="revoked"):
+                    await call
+    assert hung == 2  # neither came to its second use
+
+
 async def test_the_writing_model_knows_the_grants(start_kernel: Start, tmp_path: Path, notes: Path) -> None:
     process = start_kernel(scripted(tmp_path, writes("square", "def square(self, x):\n    return x * x")))
     async with process.client() as kernel:
