@@ -149,7 +149,7 @@ WRONG: dict[str, Callable[[Path], object]] = {
     "a link": becomes_link,
     "a dead link": becomes_dead_link,
 }
-KEY_FILES = ["kernel.key", "kernel.key_secret", "client.key_secret", "clients/client.key"]
+KEY_FILES = ["kernel.key", "kernel.key_secret", "client.key_secret"]
 
 
 @pytest.mark.parametrize("name", KEY_FILES)
@@ -160,6 +160,35 @@ def test_a_wrong_key_file_is_named(home: Path, name: str, wrong: str) -> None:
         keys.ensure_keys(home)
     assert str(home / name) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ada", "client"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_key_file_of_a_client_stops_no_start(home: Path, name: str, wrong: str) -> None:
+    keys.add_client(home, "ada")
+    path = home / "clients" / f"{name}.key"
+    WRONG[wrong](path)
+    assert keys.ensure_keys(home) == []
+    faults: list[BaseException] = []
+    allowed = keys.AllowedClients(home, faults.append)
+    (other,) = {"ada", "client"} - {name}
+    assert allowed.allows(keys.clients(home)[other])
+    assert [str(path) in str(fault) for fault in faults] == [True]
+    assert keys.clients(home)[name].startswith("refused: ")
+
+
+@needs_modes
+@pytest.mark.skipif(os.name != "nt" and os.geteuid() != 0, reason="needs root")
+def test_what_root_makes_belongs_to_the_owner_of_the_folder(tmp_path: Path) -> None:
+    home = tmp_path / "keys"
+    home.mkdir(mode=0o700)
+    os.chown(home, 12345, 12346)
+    keys.add_client(home, "ada")
+    keys.revoke_client(home, "client", force=True)
+    keys.add_client(home, "client")
+    made = list(home.rglob("*"))
+    assert len(made) == 11
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(12345, 12346)}
 
 
 def test_a_pair_of_two_halves_is_refused(home: Path, tmp_path: Path) -> None:
@@ -219,6 +248,19 @@ def test_the_kernel_says_which_key_it_can_not_use(tmp_path: Path) -> None:
         kernel.start()
     assert kernel.process is not None
     assert kernel.process.returncode == 2
+
+
+@pytest.mark.slow
+def test_the_kernel_starts_without_a_client_whose_key_is_torn(tmp_path: Path) -> None:
+    kernel = KernelProcess(tmp_path / "home")
+    keys_dir = tmp_path / "home" / "keys"
+    keys.add_client(keys_dir, "ada")
+    (keys_dir / "clients" / "ada.key").write_bytes(b"")
+    kernel.start()
+    try:
+        assert kernel.log.count("clients/ada.key") == 1
+    finally:
+        kernel.stop()
 
 
 # The list that the running kernel asks

@@ -79,7 +79,7 @@ def private_files() -> Iterator[None]:
 
 def make_folder(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise HomeError(f"can't make the folder {folder} ({error.strerror})", path=str(folder)) from None
 
@@ -89,17 +89,28 @@ def make_pair(keys_dir: Path, secret: Path, *publics: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".new-", dir=keys_dir) as folder:
         made_public, made_secret = zmq.auth.create_certificates(folder, "pair")
         for number, public in enumerate(publics):
-            _place(shutil.copy(made_public, Path(folder) / f"{number}.key"), public)
-        _place(made_secret, secret)
+            _place(keys_dir, shutil.copy(made_public, Path(folder) / f"{number}.key"), public)
+        _place(keys_dir, made_secret, secret)
 
 
 def publish(keys_dir: Path, source: Path, target: Path) -> None:
     """Copies a public key; `target` appears whole."""
     with tempfile.TemporaryDirectory(prefix=".new-", dir=keys_dir) as folder:
-        _place(shutil.copy(source, folder), target)
+        _place(keys_dir, shutil.copy(source, folder), target)
 
 
-def _place(made: Path | str, target: Path) -> None:
+def give(keys_dir: Path, path: Path) -> None:
+    """Gives what root made to the owner of `keys_dir`: a service of that user must be able to read it."""
+    if os.name == "nt" or os.geteuid() != 0:
+        return
+    owner = keys_dir.stat()
+    if path.lstat().st_uid != owner.st_uid:
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def _place(keys_dir: Path, made: Path | str, target: Path) -> None:
+    os.chmod(made, 0o600)
+    give(keys_dir, Path(made))
     with open(made, "rb") as file:
         os.fsync(file.fileno())
     os.replace(made, target)

@@ -25,6 +25,7 @@ from pathlib import Path
 from uvm.errors import BatosError, HomeError, InvalidField
 from uvm.keyfiles import (
     exists,
+    give,
     listed,
     make_folder,
     make_pair,
@@ -43,16 +44,20 @@ _SETTLED_NS = 1_000_000_000  # a change within the same tick of the file system'
 def ensure_keys(keys_dir: Path) -> list[str]:
     """Makes the keys of the kernel and of its first client where they are missing.
 
+    Looks at no file in `clients`: what is wrong there, `AllowedClients` reports, and it keeps out one client.
+
     Returns:
         What was mended, one line each: folders that others could look into.
 
     Raises:
-        HomeError: a key file is torn or no regular file, or others can read a secret or write into a folder.
+        HomeError: a pair, the kernel's or this machine's own client's, is torn or no regular file, or others
+            can read a secret or write into a folder.
     """
     folders = (keys_dir, keys_dir / "clients", keys_dir / "carry")
     with private_files():
         for folder in folders:
             make_folder(folder)
+            give(keys_dir, folder)
         mended = [line for folder in folders for line in mend_mode(folder)]
         kernel, local = _secret(keys_dir, KERNEL), _secret(keys_dir, LOCAL)
         if not exists(kernel):
@@ -65,8 +70,6 @@ def ensure_keys(keys_dir: Path) -> list[str]:
             f"{keys_dir / 'kernel.key'} is not the public half of {kernel}; restore one of them from a copy",
             path=str(kernel),
         )
-    for public in listed(keys_dir / "clients"):
-        read_public(public)
     return mended
 
 
@@ -82,17 +85,17 @@ def add_client(keys_dir: Path, name: str) -> Path:
     public = _public(keys_dir, _checked(name))
     if exists(public):
         raise InvalidField(f"there is already a key {name!r}; revoke it first", name=name)
-    with private_files():
-        if name == LOCAL:
-            publish(keys_dir, keys_dir / "client.key", public)
-            return keys_dir
-        folder = keys_dir / "carry" / name
-        try:
-            folder.mkdir()  # of two at once, one wins
-        except FileExistsError:
-            raise InvalidField(f"{folder} is in the way; remove it first", name=name) from None
-        shutil.copyfile(keys_dir / "kernel.key", folder / "kernel.key")
-        make_pair(keys_dir, _secret(folder, LOCAL), public)
+    if name == LOCAL:
+        publish(keys_dir, keys_dir / "client.key", public)
+        return keys_dir
+    folder = keys_dir / "carry" / name
+    try:
+        folder.mkdir(mode=0o700)  # of two at once, one wins
+    except FileExistsError:
+        raise InvalidField(f"{folder} is in the way; remove it first", name=name) from None
+    give(keys_dir, folder)
+    publish(keys_dir, keys_dir / "kernel.key", folder / "kernel.key")
+    make_pair(keys_dir, _secret(folder, LOCAL), public)
     return folder
 
 
