@@ -21,7 +21,7 @@ import zmq.auth
 
 from evals.kernels import KernelProcess, free_endpoint
 from tests.conftest import Start, scripted
-from uvm import admission, keys, publisher
+from uvm import admission, handshakes, keys, publisher
 from uvm.admission import Admission, Share
 from uvm.bridge import MOST_READ_REFUSED, Bridge
 from uvm.client import Kernel
@@ -154,8 +154,21 @@ async def test_a_secret_that_others_can_read_is_not_used(house: House) -> None:
         await house.ping()
 
 
-@pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2p1\r\n"])
-async def test_what_is_no_kernel_is_told_from_none(tmp_path: Path, greeting: bytes) -> None:
+STRANGER = (KernelRefused, "not the kernel of the keys")
+SILENT = (KernelUnreachable, "something listens at .* a busy kernel, or none of ours")
+
+
+@pytest.mark.parametrize(
+    ("greeting", "told"),
+    [
+        (b"", SILENT),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", STRANGER),
+        (b"SSH-2.0-OpenSSH_9.2p1\r\n", STRANGER),
+    ],
+)
+async def test_what_is_no_kernel_is_told_from_none(
+    tmp_path: Path, greeting: bytes, told: tuple[type[BatosError], str]
+) -> None:
     house = House(tmp_path / "keys")
     keys.ensure_keys(house.keys_dir)
     callers: list[asyncio.StreamWriter] = []
@@ -175,9 +188,26 @@ async def test_what_is_no_kernel_is_told_from_none(tmp_path: Path, greeting: byt
             pass
     port = int(house.endpoint.rpartition(":")[2])
     async with await asyncio.start_server(greet, "127.0.0.1", port):
-        with pytest.raises(KernelRefused, match="not the kernel of the keys"):
+        with pytest.raises(told[0], match=told[1]):
             await house.ping()
         await until(lambda: not callers)
+
+
+async def test_a_handshake_that_ran_out_of_time_is_no_strangers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = House(tmp_path / "keys")
+    keys.ensure_keys(house.keys_dir)
+
+    async def cut_off(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    monkeypatch.setattr(handshakes, "SLOW_S", 0.0)
+    port = int(house.endpoint.rpartition(":")[2])
+    async with await asyncio.start_server(cut_off, "127.0.0.1", port):
+        with pytest.raises(KernelUnreachable, match="a busy kernel, or none of ours"):
+            async with Kernel(house.endpoint, house.events, house.keys_dir, 0.5):
+                pass
 
 
 async def test_a_kernel_without_curve_is_no_kernel(tmp_path: Path) -> None:

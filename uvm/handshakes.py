@@ -18,6 +18,7 @@ import zmq.asyncio
 from uvm.errors import BatosError, KernelRefused, KernelUnreachable
 
 DOUBT_S = 1.0  # from the first handshake that was cut off to the verdict, where none succeeds in between
+SLOW_S = 4.0  # cut off later than this, a handshake ran out of time, and its kernel may be busy
 _EVENTS = (
     zmq.EVENT_CONNECTED
     | zmq.EVENT_CLOSED
@@ -52,6 +53,7 @@ class Handshakes:
         self._verdict = verdict
         self._listens = False
         self._ready = False
+        self._connected_at = 0.0
         self._doubt: asyncio.TimerHandle | None = None
         self._watch = asyncio.create_task(self._follow(socket.get_monitor_socket(_EVENTS)))
 
@@ -68,8 +70,13 @@ class Handshakes:
         where = {"endpoint": self._endpoint}
         if self._ready:
             return KernelUnreachable(f"the kernel at {self._endpoint} does not answer in time", **where)
-        if self._listens:
+        if self._doubt is not None:
             return self._stranger()
+        if self._listens:
+            return KernelUnreachable(
+                f"something listens at {self._endpoint} but does not answer: a busy kernel, or none of ours",
+                **where,
+            )
         return KernelUnreachable(
             f"no answer from a kernel at {self._endpoint}; start one with ./puter.sh", **where
         )
@@ -82,8 +89,9 @@ class Handshakes:
                 self._take(event)
 
     def _take(self, event: int) -> None:
+        now = asyncio.get_running_loop().time()
         if event == zmq.EVENT_CONNECTED:
-            self._listens, self._ready = True, False
+            self._listens, self._ready, self._connected_at = True, False, now
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._ready = True
             self._settle()
@@ -97,9 +105,12 @@ class Handshakes:
             self._verdict(None)
         elif self._ready:  # a connection that was good is gone
             self._listens = self._ready = False
-        elif self._doubt is None:  # cut off: a kernel that is ending, or a stranger
-            loop = asyncio.get_running_loop()
-            self._doubt = loop.call_later(DOUBT_S, lambda: self._verdict(self._stranger()))
+        elif self._doubt is None and now < self._connected_at + SLOW_S:  # a kernel that ends, or a stranger
+            self._begin_to_doubt()
+
+    def _begin_to_doubt(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._doubt = loop.call_later(DOUBT_S, lambda: self._verdict(self._stranger()))
 
     def _settle(self) -> None:
         if self._doubt is not None:
