@@ -12,8 +12,14 @@ import pytest_asyncio
 from evals import attacks
 from evals.attacks.cases import EXHAUSTION, SYSTEM
 from evals.report import Case, Report
+from uvm.hands.linux import landlock_version
+from uvm.hands.seccomp import compile_filter
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(compile_filter() is None, reason="no seccomp here: tier C is no sandbox"),
+]
 
 NAMED = {f"{group}: {attack.name}": attack for group, listed in SYSTEM.items() for attack in listed}
 # What seccomp needs no help for, and who else would stop it: one witness for each further layer.
@@ -40,7 +46,12 @@ async def test_an_attack_on_the_system_comes_to_nothing(cases: dict[str, Case], 
     case = cases[name]
     assert case.reason == ""
     assert "seccomp" in case.details["alone"]
-    assert case.details["real"] or not NAMED[name].control  # without the layers it succeeds
+
+
+async def test_most_attacks_are_real(cases: dict[str, Case]) -> None:
+    real = {name for name in NAMED if cases[name].details["real"]}
+    assert len(real) >= 40  # some systems refuse some of them by themselves
+    assert {"reading: read a secret file", "writing: change a file", "processes: fork"} <= real
 
 
 @pytest.mark.parametrize("attack", EXHAUSTION, ids=lambda attack: attack.name)
@@ -51,7 +62,13 @@ async def test_what_uses_up_the_machine_is_ended(cases: dict[str, Case], attack:
 
 
 @pytest.mark.parametrize(("layer", "name"), WITNESSES.items())
-async def test_each_layer_stops_something_by_itself(cases: dict[str, Case], layer: str, name: str) -> None:
+async def test_each_layer_stops_something_by_itself(
+    report: Report, cases: dict[str, Case], layer: str, name: str
+) -> None:
+    if layer not in report.summary["hold"]:
+        pytest.skip(f"this system has no {layer}")
+    if layer == "landlock" and landlock_version() < 4:
+        pytest.skip("this Landlock knows no TCP")
     assert layer in cases[name].details["alone"]
 
 

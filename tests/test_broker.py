@@ -18,6 +18,7 @@ from uvm.hands.bytecode import Bytecode
 from uvm.hands.calls import Call, ObjectView
 from uvm.hands.conversation import MAX_QUESTIONS, Conversation
 from uvm.hands.frames import LENGTH, unpack
+from uvm.hands.shown import Shown
 from uvm.image import history
 from uvm.image.prototypes import UvmMethod
 from uvm.messages import COMMANDS, MissionBrief
@@ -115,13 +116,17 @@ async def test_uses_are_counted_with_the_questions(talk: tuple[Conversation, Hos
         conversation.answer("use", use)
 
 
-@pytest.mark.parametrize("grant", [[], [OID], ["x", "files"], [OID, "rockets"], [OID, 1], "files", {}, 0])
+@pytest.mark.parametrize(
+    "grant", [[], [OID], ["x", "files"], [OID, "rockets"], [OID, 1], "files", {}, 0, ["f" * 16, "files"]]
+)
 def test_a_forged_report_of_a_missing_grant_ends_the_call(grant: Any) -> None:
     told = {"message": "m", "exception": "E", "traceback": [], "selector": "f"}
-    assert isinstance(answers.raised(dict(told)), MethodRaised)
-    assert isinstance(answers.raised({**told, "grant": [OID, "files"]}), GrantMissing)
+    shown = Shown(OID)
+    shown.add(OID, (), [])
+    assert isinstance(answers.raised(dict(told), shown), MethodRaised)
+    assert isinstance(answers.raised({**told, "grant": [OID, "files"]}, shown), GrantMissing)
     with pytest.raises(MalformedMessage):
-        answers.raised({**told, "grant": grant})
+        answers.raised({**told, "grant": grant}, shown)
 
 
 # The kinds that need no folder and no host

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from uvm.errors import (
     ShuttingDown,
     ValueNotStorable,
 )
-from uvm.hands import sandbox
+from uvm.hands import sandbox, zygote
 from uvm.hands.calls import Call, Outcome
 from uvm.hands.frames import LENGTH, pack
 from uvm.hands.pool import STOCK, HandPool
@@ -39,6 +40,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT_BYTES = 1 << 20
 WALLS = ("seccomp", "landlock", "namespaces")
+NO_NAMESPACES = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from uvm.hands import linux; "
+    "linux.leave_namespaces = lambda: linux._demand(-1, 'unshare')"
+)
 FINE = "def fine(self):\n    return 'fine'"
 
 
@@ -319,23 +324,44 @@ async def test_a_hand_holds_nothing_of_the_kernel(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_the_layers_are_tried_out_and_told(pool: HandPool) -> None:
-    assert pool.layers == dict.fromkeys(sandbox.NAMES, True)
-    assert pool.tier == "A"
+    missing = {name for name, holds in pool.layers.items() if not holds}
+    assert pool.layers.keys() == set(sandbox.NAMES)
+    assert missing <= {"namespaces", "landlock"}  # which some systems forbid
+    assert pool.tier == ("B" if missing else "A")
 
 
 # Without `no_new_privileges` the system lets nobody install a filter.
 @pytest.mark.parametrize("layer", [name for name in sandbox.NAMES if name != "no_new_privileges"])
-async def test_a_layer_left_out_is_seen_to_be_missing(layer: str) -> None:
-    pool = HandPool(count=1, timeout_s=5.0, memory_mib=128, allow_weak=True, without=[layer])
-    await pool.start()
+async def test_a_layer_left_out_is_seen_to_be_missing(pool: HandPool, layer: str) -> None:
+    lesser = HandPool(count=1, timeout_s=5.0, memory_mib=128, allow_weak=True, without=[layer])
+    await lesser.start()
     try:
-        missing = {name for name, holds in pool.layers.items() if not holds}
+        missing = {name for name, holds in lesser.layers.items() if not holds}
+        missing -= {name for name, holds in pool.layers.items() if not holds and name != layer}
         expected = {layer}
         if os.getuid() == 0:  # the limit on processes holds for no root; a change of user forbids to look
             expected = {"unprivileged": {layer, "processes"}, "not_dumpable": set()}.get(layer, {layer})
         assert missing == expected
-        assert pool.tier == ("C" if layer == "seccomp" else "B" if missing else "A")
-        assert (await Garden(pool).do(FINE)).result == "fine"
+        assert lesser.tier == sandbox.tier(lesser.layers)
+        assert (await Garden(lesser).do(FINE)).result == "fine"
+    finally:
+        await lesser.close()
+
+
+async def test_a_layer_that_held_must_hold_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = HandPool(count=1, timeout_s=5.0, memory_mib=128)
+    await pool.start()
+    try:
+        # What a zygote refuses when it is told to require what it can't have.
+        pool._limits = replace(pool._limits, required=("namespaces", "landlock"))
+        monkeypatch.setattr(zygote, "_BOOT", f"{NO_NAMESPACES}; {zygote._BOOT}")
+        workers = children(zygote_of(pool))
+        os.kill(zygote_of(pool), signal.SIGKILL)
+        await until(lambda: all(map(gone, workers)), "the first workers are gone")
+        with pytest.raises(HandDied, match="could not be locked down: OSError"):
+            await Garden(pool).do(FINE)
+        with pytest.raises(HandDied, match="could not be locked down: OSError"):
+            await Garden(pool).do(FINE)
     finally:
         await pool.close()
 
@@ -432,7 +458,7 @@ KERNEL = """
 import asyncio, sys
 sys.path.insert(0, {root!r})
 from tests.garden import Garden
-from uvm.hands import sandbox
+from uvm.hands import sandbox, zygote
 from uvm.hands.pool import STOCK, HandPool
 
 async def main():

@@ -152,8 +152,22 @@ def test_errors_cross_the_wire_as_what_they_are() -> None:
 
 
 def test_an_error_with_unserialisable_details_still_crosses() -> None:
-    reply = unpack(pack_error("1", errors.MethodRaised("no", value=object())))
-    assert "object" in reply["error"]["details"]["value"]
+    deep: Any = 10**5000
+    for _ in range(62):
+        deep = [deep]
+    error = errors.MethodRaised("no", selector="f", value=object(), args=deep)
+    assert unpack(pack_error("1", error))["error"]["details"] == {"selector": "f"}
+
+
+@pytest.mark.parametrize(
+    "odd", [10**5000, [10**5000], "x" * 5000, {"a": 1}], ids=["int", "list", "str", "dict"]
+)
+def test_what_costs_much_to_print_is_not_printed(odd: Any) -> None:
+    for fields in ({"v": odd, "command": "ping"}, {"v": 1, "command": odd}):
+        with pytest.raises(Rejected) as caught:
+            parse_request(codec.encode({"id": "7", **fields}))
+        assert caught.value.id == "7"
+        assert len(str(caught.value)) < 200
 
 
 def test_an_unknown_error_is_internal() -> None:

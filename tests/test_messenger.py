@@ -10,9 +10,11 @@ import pytest
 import pytest_asyncio
 
 from uvm.codec import Ref, encode
-from uvm.errors import Conflict, WriteSetRefused
+from uvm.errors import Conflict, DoesNotUnderstand, GrantMissing, HandDied, SlotProtected, WriteSetRefused
 from uvm.hands.calls import Created, Outcome, SlotChanges
+from uvm.hands.frames import pack
 from uvm.hands.pool import HandPool
+from uvm.image import history
 from uvm.image.image import LivingImage, Txn
 from uvm.image.prototypes import UvmMethod
 from uvm.messenger import Messenger, apply, lost_in_storage
@@ -206,3 +208,41 @@ async def test_a_slot_called_parents_is_refused_with_a_hint(messenger: Messenger
     async with image.reading() as txn:
         with pytest.raises(Exception, match="'parents' can't be changed by a method"):
             await send(messenger, txn, "it", "f")
+
+
+# What a hand makes up
+
+
+LIE = "def lie(self, frame):\n    import random\n    random._os.write(3, frame)\n    random._os._exit(0)"
+
+
+@pytest.mark.parametrize("selector", ["add", "n", "clone", "files"])
+async def test_a_miss_of_what_is_there_is_a_lie(
+    messenger: Messenger, image: LivingImage, selector: str
+) -> None:
+    await plant(image, "base", ADD, n=1)
+    target = await plant(image, "it", LIE, parent="base")
+    told: dict[str, Any] = {"message": "m", "target": target, "parameters": [], "call": None}
+    async with image.reading() as txn:
+        with pytest.raises(HandDied, match="which is there"):
+            await send(messenger, txn, "it", "lie", pack("missed", told | {"selector": selector}))
+        with pytest.raises(DoesNotUnderstand):
+            await send(messenger, txn, "it", "lie", pack("missed", told | {"selector": "sing"}))
+
+
+async def test_the_kernel_itself_says_which_grant_is_missing(
+    messenger: Messenger, image: LivingImage
+) -> None:
+    target = await plant(image, "it", LIE)
+    told = {"message": "run: /grant it files / write", "exception": "E", "traceback": [], "selector": "f"}
+    async with image.reading() as txn:
+        with pytest.raises(GrantMissing, match="it has no grant 'clock'"):
+            await send(messenger, txn, "it", "lie", pack("raised", {**told, "grant": [target, "clock"]}))
+
+
+async def test_a_method_never_takes_the_place_of_data(image: LivingImage) -> None:
+    await plant(image, "it", ADD, n=1)
+    async with image.reading() as txn:
+        history.check_place(txn.find("it"), "add")
+        with pytest.raises(SlotProtected, match="data slot"):
+            history.install(txn.find("it"), method("def n(self):\n    return 1"))

@@ -20,7 +20,9 @@ from uvm.codec import Ref, encode
 from uvm.errors import MalformedMessage, ObjectNotFound, WriteSetRefused
 from uvm.hands.answers import (
     MAX_CREATED,
+    MAX_MISSED_CALL,
     MAX_SLOTS,
+    MAX_VALUES,
     MAX_WRITE_BYTES,
     MAX_WRITTEN,
     audited,
@@ -127,10 +129,48 @@ def test_of_a_name_a_hand_learns_only_whether_it_is_taken() -> None:
 
 def test_references_lead_to_what_can_be_reached_or_was_made() -> None:
     new = ["new:1", "made", [oid(1)]]
-    value = encode([Ref(oid(2)), {Ref(oid(4)): (Ref("new:1"), Ref(oid(3)))}])
-    payload = handed_in(result=value, writes={oid(3): [{"x": value}, []]}, created=[new])
+    value = encode([Ref(oid(2)), {Ref(oid(4)): (Ref("new:1"), Ref(oid(1)))}])
+    payload = handed_in(result=value, writes={oid(1): [{"x": value}, []]}, created=[new])
     outcome = returned(payload, conversation().shown, 0.0)
     assert encode(outcome.result) == value
+
+
+def test_a_parent_is_shown_but_a_method_has_no_hold_of_it() -> None:
+    talk = conversation()
+    assert oid(3) in talk.shown.objects
+    miss = {"message": "m", "target": oid(3), "selector": "g", "parameters": None, "call": None}
+    for forged in (
+        handed_in(writes={oid(3): [{"x": encode(1)}, []]}),
+        handed_in(result=encode(Ref(oid(3)))),
+        handed_in(created=[["new:1", "heir", [oid(3)]]]),
+    ):
+        with pytest.raises(MalformedMessage):
+            returned(forged, talk.shown, 0.0)
+    with pytest.raises(MalformedMessage):
+        missed(miss, talk.shown)
+    # What it inherited and changed in place without the marker is told, and nothing comes of it.
+    assert returned(handed_in(discarded={oid(3): ["x"]}), talk.shown, 0.0).discarded == {oid(3): ("x",)}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0] * MAX_VALUES, [None] * MAX_VALUES, [0.5] * MAX_VALUES, [[]] * MAX_VALUES, ["a"] * MAX_VALUES],
+    ids=["ints", "nothing", "floats", "lists", "strings"],
+)
+def test_values_are_counted_before_they_are_read(values: list[Any]) -> None:
+    shown = conversation().shown
+    with pytest.raises(WriteSetRefused, match="250,000 values"):
+        returned(handed_in(result=encode(values)), shown, 0.0)
+    half = encode(values[: MAX_VALUES // 2])
+    with pytest.raises(WriteSetRefused, match="250,000 values"):
+        returned(handed_in(result=half, writes={oid(1): [{"x": half}, []]}), shown, 0.0)
+    assert len(returned(handed_in(result=encode(values[:-1])), shown, 0.0).result) == MAX_VALUES - 1
+
+
+def test_the_arguments_of_a_missed_message_are_bounded() -> None:
+    call = encode([["x" * MAX_MISSED_CALL], {}])
+    miss = {"message": "m", "target": oid(1), "selector": "g", "parameters": ["x"], "call": call}
+    assert missed(miss, conversation().shown).details["args"] is None
 
 
 @pytest.mark.parametrize("ref", [Ref(oid(5)), Ref(oid(6)), Ref(oid(7)), Ref("new:2")], ids=str)
@@ -190,7 +230,7 @@ def test_what_is_over_a_bound_is_refused_by_its_name(bound: str, payload: dict[s
 
 def test_what_is_at_its_bounds_passes() -> None:
     large = encode(b"x" * (MAX_WRITE_BYTES - 100))
-    writes = {oid(1): [{"x": large}, SLOTS[2:]], oid(3): [{"x": deep(64)}, []]}
+    writes = {oid(1): [{"x": large}, SLOTS[2:]], "new:1": [{"x": deep(64)}, []]}
     outcome = returned(handed_in(writes=writes, created=made(MAX_CREATED)), conversation().shown, 0.0)
     assert (len(outcome.created), len(outcome.writes[oid(1)].delete)) == (MAX_CREATED, MAX_SLOTS - 2)
 
@@ -372,7 +412,7 @@ def test_no_forged_question_raises_anything_untyped(data: st.DataObject) -> None
 RAISED: dict[str, Any] = {"message": "m", "exception": "E", "traceback": ["line"], "selector": "f"}
 SHOWN = conversation().shown
 HONEST: dict[str, tuple[Any, dict[str, Any]]] = {
-    "raised": (raised, RAISED),
+    "raised": (lambda payload: raised(payload, SHOWN), RAISED),
     "unstorable": (unstorable, {"message": "m", "path": "the result", "type": "map"}),
     "audited": (audited, {"source": "", "findings": [["r", 1, "m", False]], "parameters": ["x"], "doc": ""}),
     "missed": (

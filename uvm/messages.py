@@ -371,17 +371,24 @@ def parse_request(data: bytes) -> Request:
 def _command(message: dict[str, Any]) -> Command:
     version = message.pop("v", None)
     if type(version) is not int or version != PROTOCOL_VERSION:
-        raise UnsupportedVersion(f"this kernel speaks protocol version {PROTOCOL_VERSION}", got=repr(version))
+        raise UnsupportedVersion(
+            f"this kernel speaks protocol version {PROTOCOL_VERSION}", got=_shown(version)
+        )
     name = message.get("command")
     model = COMMANDS.get(name) if type(name) is str else None
     if model is None:
-        raise UnknownCommand(f"no command {name!r:.60}", commands=sorted(COMMANDS))
+        raise UnknownCommand(f"no command {_shown(name)}", commands=sorted(COMMANDS))
     try:
         return model.model_validate(message)
     except ValidationError as error:
         raise _invalid(error) from None
     except RecursionError:
         raise InvalidField("nested too deeply", field="") from None
+
+
+def _shown(value: Any) -> str:
+    """Returns a stranger's value for an error's text: short, and without computing what it costs to print."""
+    return repr(value[:60]) if type(value) is str else f"of type {type(value).__name__}"
 
 
 def _invalid(error: ValidationError) -> InvalidField:
@@ -402,14 +409,22 @@ def pack_result(request_id: str | int, result: Any) -> bytes:
 
 
 def pack_error(request_id: str | int | None, error: BaseException) -> bytes:
-    """Returns an error reply as bytes; details that are no plain data become text."""
+    """Returns an error reply as bytes; details that can't be sent (too deep, no plain data) are left out."""
     described = to_wire(error)
     reply = {"v": PROTOCOL_VERSION, "id": request_id, "ok": False, "error": described}
     try:
         return codec.encode(reply)
     except BatosError:
-        described["details"] = {key: repr(value) for key, value in described["details"].items()}
+        described["details"] = {key: value for key, value in described["details"].items() if _sendable(value)}
         return codec.encode(reply)
+
+
+def _sendable(value: Any) -> bool:
+    try:
+        codec.encode([[[value]]])  # as deep as it lies in a reply
+    except BatosError:
+        return False
+    return True
 
 
 def pack_event(event: str, fields: dict[str, Any]) -> bytes:

@@ -17,6 +17,8 @@ from uvm.codec import Ref
 from uvm.errors import (
     Conflict,
     DoesNotUnderstand,
+    GrantMissing,
+    HandDied,
     InvalidField,
     MalformedMessage,
     ObjectNotFound,
@@ -152,7 +154,14 @@ class Messenger:
         overlay: Mapping[str, str] | None = None,
     ) -> Outcome:
         call, host = Call(target=target.oid, selector=selector, args=args, kwargs=kwargs), TxnHost(txn, uses)
-        outcome = await self._hands.run(call, host, overlay=overlay)
+        try:
+            outcome = await self._hands.run(call, host, overlay=overlay)
+        except DoesNotUnderstand as miss:
+            _check_miss(txn, miss)
+            raise
+        except GrantMissing as error:
+            holder, grant = txn.find(error.details["target"]), error.details["grant"]
+            raise missing(holder.label, holder.oid, grant, **_told_of(error)) from None
         if not (outcome.writes or outcome.created):
             return outcome
         chain = {owner.oid for owner in target.chain()}
@@ -183,6 +192,22 @@ class Messenger:
         if not is_public_name(args[0]):
             raise InvalidField("clone takes a name, such as second_obj", field="args")
         return Ref(txn.create(args[0], (target,), {}).oid)
+
+
+def _check_miss(txn: Txn, miss: DoesNotUnderstand) -> None:
+    """Makes sure that a hand did not make a miss up, to have what is there written anew.
+
+    Raises:
+        HandDied: it did.
+    """
+    known = miss.selector in NATIVES or miss.selector in KINDS
+    if known or txn.find(miss.target).lookup(miss.selector) is not None:
+        raise HandDied(f"a hand missed '{miss.selector}', which is there")
+
+
+def _told_of(error: GrantMissing) -> dict[str, Any]:
+    """Returns what a hand told of a missing grant but its text, which the kernel writes itself."""
+    return {name: error.details[name] for name in ("traceback", "selector")}
 
 
 def selectors(target: UvmObject) -> list[str]:

@@ -144,7 +144,7 @@ class PrototypalStateMachine:
             cycle.persona = own[1] if own and own[1] in self._mind.personas else self._default_persona
             if cycle.brief.type != "task":
                 self._hands.require_walls()  # before a model writes what nobody will run
-                history.check_no_grant(target, cycle.brief.selector)
+                history.check_place(target, cycle.brief.selector)
             if cycle.brief.type == "revision":
                 history.own_method(target, cycle.brief.selector)
         await self._record(cycle, "mission", brief=cycle.brief.model_dump(), persona=cycle.persona)

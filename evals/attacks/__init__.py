@@ -66,7 +66,8 @@ async def attacked() -> Report:
                 report.add(_judged(group, attack, outcomes))
         for name, outcome in (await _exhaustion(scene)).items():
             report.add(Case(f"exhaustion: {name}", not outcome["harm"], outcome["seconds"], details=outcome))
-    report.summary |= {"layers": found[TOGETHER]["layers"], "control": _controls(report)}
+    together = found[TOGETHER]
+    report.summary |= {"tier": together["tier"], "hold": together["hold"], "control": _controls(report)}
     return report
 
 
@@ -116,9 +117,8 @@ async def _column(scene: Scene, without: tuple[str, ...]) -> dict[str, Any]:
     pool = _pool(without)
     await pool.start()
     try:
-        found: dict[str, Any] = {
-            "layers": f"tier {pool.tier}, {sum(pool.layers.values())} of {len(pool.layers)}"
-        }
+        hold = ", ".join(name for name, holds in pool.layers.items() if holds)
+        found: dict[str, Any] = {"tier": pool.tier, "hold": hold}
         for attack in (attack for attacks in SYSTEM.values() for attack in attacks):
             found[attack.name] = await _outcome(pool, scene, attack)
         return found

@@ -61,6 +61,7 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
 _ALLOWED = {command for command, _ in REQUESTS}
 _ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2**63, -(2**70), 10**400, 0.5, float("nan"), float("inf"), 1j, "", "a", "_x",
+    10**5000, [10**5000],
     "\u00e4\udc80", "x" * 101, "\x00", "0" * 16, "class", b"", b"\xc1", [], [[]], {}, {"a": {}}, {1: 2}, (),
     (1,), {1, 2}, frozenset({"a"}), Decimal("1.1"), Fraction(1, 3), dt.datetime(2024, 1, 1, tzinfo=dt.UTC),
     dt.date(1, 1, 1), dt.timedelta(1), Ref("f" * 16), [1, {"a": [2, (3,)]}], "genesis_obj", "note",

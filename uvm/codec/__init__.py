@@ -8,8 +8,8 @@ lists the codes. Runs inside hands too, so it needs nothing but `ormsgpack` and 
 """
 
 from uvm.codec.kinds import MAX_DEPTH, REF, Ref, is_oid
-from uvm.codec.reading import decode
+from uvm.codec.reading import decode, exceeds
 from uvm.codec.walks import matches, references
 from uvm.codec.writing import encode
 
-__all__ = ["MAX_DEPTH", "REF", "Ref", "decode", "encode", "is_oid", "matches", "references"]
+__all__ = ["MAX_DEPTH", "REF", "Ref", "decode", "encode", "exceeds", "is_oid", "matches", "references"]

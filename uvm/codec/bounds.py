@@ -53,10 +53,12 @@ def large(numerator: int, denominator: int) -> bool:
 # begin an object; only the rest is walked through, and then numbers are passed over by the run.
 _BEGINNINGS = frozenset(range(0x80, 0xC0)) | frozenset(range(0xC4, 0xCA)) | frozenset(range(0xD4, 0xE0))
 _OTHERS = bytes(byte for byte in range(256) if byte not in _BEGINNINGS)
-_NUMBERS = re.compile(
-    rb"(?:[\x00-\x7f\xc0\xc2\xc3\xe0-\xff]|[\xcc\xd0].|[\xcd\xd1]..|[\xca\xce\xd2].{4}|[\xcb\xcf\xd3].{8})++",
-    re.DOTALL,
+_NUMBER = (
+    rb"(?:[\x00-\x7f\xc0\xc2\xc3\xe0-\xff]|[\xcc\xd0].|[\xcd\xd1]..|[\xca\xce\xd2].{4}|[\xcb\xcf\xd3].{8})"
 )
+_NUMBERS = re.compile(_NUMBER + b"++", re.DOTALL)
+_EACH_NUMBER = re.compile(_NUMBER, re.DOTALL)
+_WINDOW = 1 << 16  # bytes of numbers that are counted at once
 # First byte -> bytes of the length that follows it.
 _TEXTS = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
 _CONTAINERS = {0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
@@ -80,6 +82,24 @@ def crammed(data: bytes, nesting: Collection[int]) -> bool:
             place += _length(data[place : place + 6].ljust(6, b"\0"), nesting)
             count += 1
     return count > MAX_OBJECTS
+
+
+def numerous(data: bytes, most: int, nesting: Collection[int]) -> bool:
+    """Returns whether MessagePack data holds more than `most` values, numbers included.
+
+    Args:
+        nesting: as for `crammed`.
+    """
+    count = place = 0
+    while len(data) - place > most - count and count <= most:  # no value is shorter than a byte
+        numbers = _NUMBERS.match(data, place, place + _WINDOW)
+        if numbers:
+            count += _EACH_NUMBER.subn(b"", numbers[0])[1]
+            place = numbers.end()
+        else:
+            place += _length(data[place : place + 6].ljust(6, b"\0"), nesting)
+            count += 1
+    return count > most
 
 
 def _length(head: bytes, nesting: Collection[int]) -> int:

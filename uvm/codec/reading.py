@@ -16,7 +16,7 @@ from typing import Any
 
 import ormsgpack
 
-from uvm.codec.bounds import CROWDED, EXCESSIVE, MAX_OBJECTS, crammed, crowded, excessive, large
+from uvm.codec.bounds import CROWDED, EXCESSIVE, MAX_OBJECTS, crammed, crowded, excessive, large, numerous
 from uvm.codec.kinds import (
     BIG_INT,
     COMPLEX,
@@ -49,7 +49,7 @@ def decode(data: bytes) -> Any:
 
     Raises:
         MalformedMessage: not MessagePack, trailing bytes, an unknown extension, too deep, or a value that
-            would cost more to read than its bytes are worth (`uvm.bounds`).
+            would cost more to read than its bytes are worth (`uvm.codec.bounds`).
     """
     try:
         if crammed(data, NESTING):
@@ -57,6 +57,11 @@ def decode(data: bytes) -> Any:
         return _built(_unpacked(data, _from_ext), 0)
     except _REFUSALS as error:
         raise MalformedMessage(f"not a plain value: {error}") from None
+
+
+def exceeds(data: bytes, most: int) -> bool:
+    """Returns whether encoded data holds more than `most` values, found out without reading it."""
+    return numerous(data, most, NESTING)
 
 
 @dataclass(slots=True)

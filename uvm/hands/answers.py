@@ -10,7 +10,7 @@ from collections.abc import Set
 from typing import Any
 
 from uvm.capabilities import KINDS
-from uvm.codec import REF, decode, is_oid, references
+from uvm.codec import REF, decode, exceeds, is_oid, references
 from uvm.errors import (
     DoesNotUnderstand,
     GrantMissing,
@@ -32,6 +32,8 @@ MAX_CREATED = 1000  # objects
 MAX_WRITTEN = 10_000  # objects, created ones included
 MAX_SLOTS = 100_000  # slots written, deleted or discarded, on all objects together
 MAX_WRITE_BYTES = 8 << 20  # of the values of all slots written
+MAX_VALUES = 250_000  # in the result and all slots together; each is walked several times on its way
+MAX_MISSED_CALL = 64 << 10  # bytes of the arguments of a missed message; what is longer counts as unknown
 MAX_PARAMETERS = 100  # of a missed message
 _REF_CODE = bytes([REF])  # without this byte there is no reference in encoded data
 
@@ -57,11 +59,16 @@ def returned(payload: Any, shown: Shown, seconds: float) -> Outcome:
     slots = sum(count for count, _ in sizes) + sum(map(len, discarded.values()))
     _bound("changed slots", slots, MAX_SLOTS)
     _bound("bytes of slots", sum(length for _, length in sizes), MAX_WRITE_BYTES)
+    data = b"".join([result, *(value for assigned, _ in writes.values() for value in assigned.values())])
+    if exceeds(data, MAX_VALUES):
+        raise WriteSetRefused(
+            f"one message may return and write at most {MAX_VALUES:,} values", bound="values", most=MAX_VALUES
+        )
     made = _created(created, shown)
     new = {one.oid for one in made}
-    _demand(
-        writes.keys() | discarded.keys() <= shown.objects | new, "a change of an object that it was not shown"
-    )
+    for oid in writes.keys() - new:
+        _demand(shown.may_change(oid), "a change of an object that it has no hold of")
+    _demand(discarded.keys() <= shown.objects | new, "a change of an object that it was not shown")
     return Outcome(
         result=_value(result, shown, new),
         writes={oid: _changes(changes, shown, new) for oid, changes in writes.items()},
@@ -72,7 +79,7 @@ def returned(payload: Any, shown: Shown, seconds: float) -> Outcome:
     )
 
 
-def raised(payload: Any) -> MethodRaised | GrantMissing:
+def raised(payload: Any, shown: Shown) -> MethodRaised | GrantMissing:
     """Returns the error of a `raised` frame."""
     grant = payload.pop("grant", None) if type(payload) is dict else None
     message, exception, traceback, selector = _fields(
@@ -81,12 +88,15 @@ def raised(payload: Any) -> MethodRaised | GrantMissing:
     lines = [line[:MAX_TEXT] for line in _texts(traceback)[:MAX_LINES]]
     if grant is not None:
         target, kind = _items(grant, str, str)
-        _demand(is_oid(target) and kind in KINDS, "a grant of no kind is missing")
+        _demand(target in shown.objects and kind in KINDS, "a grant of no kind is missing")
         return GrantMissing(
             message[:MAX_TEXT], target=target, grant=kind, traceback=lines, selector=selector[:MAX_NAME]
         )
     return MethodRaised(
-        message[:MAX_TEXT], exception=exception[:MAX_NAME], traceback=lines, selector=selector
+        message[:MAX_TEXT],
+        exception=exception[:MAX_NAME],
+        traceback=lines,
+        selector=selector[:MAX_NAME],
     )
 
 
@@ -100,12 +110,13 @@ def missed(payload: Any, shown: Shown) -> DoesNotUnderstand:
         parameters=(list, type(None)),
         call=(bytes, type(None)),
     )
-    known = target in shown.objects and is_public(selector)
+    known = shown.may_change(target) and is_public(selector)
     _demand(known, "a miss of no message to an object that it knows")
     names = [] if parameters is None else _names(parameters)
     usable = len(set(names)) == len(names) <= MAX_PARAMETERS and "self" not in names
     _demand(usable, "names that no parameters can have")
-    args, kwargs = _call(_value(call, shown, set())) if call is not None else (None, None)
+    told = call is not None and len(call) <= MAX_MISSED_CALL
+    args, kwargs = _call(_value(call, shown, set())) if told else (None, None)
     return DoesNotUnderstand(
         message[:MAX_TEXT],
         target=target,
@@ -198,8 +209,8 @@ def _created(rows: list[Any], shown: Shown) -> tuple[Created, ...]:
     for number, row in enumerate(rows, 1):
         oid, name, parents = _items(row, str, str, list)
         _demand(oid == f"new:{number}" and is_public(name) and not is_oid(name), "an object of no name")
-        known = bool(parents) and set(_texts(parents)) <= shown.objects | made.keys()
-        _demand(known, "parents that it was not shown")
+        held = all(parent in made or shown.may_change(parent) for parent in _texts(parents))
+        _demand(bool(parents) and held, "parents that it has no hold of")
         made[oid] = Created(oid, name, tuple(parents))
     return tuple(made.values())
 

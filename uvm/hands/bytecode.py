@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 MOST = 2000  # methods kept
 AT_ONCE = 50  # methods compiled by one hand
+MAX_BYTES = 256 << 10  # of one method's bytecode; it travels with every call
 
 
 class Method(NamedTuple):
@@ -44,7 +45,7 @@ class Bytecode:
         return found
 
     def keep(self, method: Method, code: bytes | None) -> None:
-        """Keeps what came of compiling a method."""
-        self._known[method] = code
+        """Keeps what came of compiling a method; too large a result counts as none."""
+        self._known[method] = code if code is not None and len(code) <= MAX_BYTES else None
         while len(self._known) > MOST:
             self._known.popitem(last=False)

@@ -32,7 +32,7 @@ class Conversation:
     def __init__(
         self, call: Call, host: Host, bytecode: Bytecode, overlay: Mapping[str, str] | None = None
     ) -> None:
-        self.shown = Shown()
+        self.shown = Shown(call.target)
         self.shown.hold([call.args, call.kwargs])
         self._call = call
         self._host = host
@@ -130,7 +130,7 @@ class Conversation:
     def _view(self, oid: Any) -> dict[str, Any] | None:
         if type(oid) is not str or not is_oid(oid) or oid in self.shown.objects:
             raise MalformedMessage("a question for an object that it has, or for no object")
-        if not self.shown.reaches(oid):
+        if not self.shown.may_view(oid):
             raise MalformedMessage("a question for an object that it can't reach")
         view = self._host.view(oid)
         return None if view is None else self._show(view)

@@ -40,7 +40,6 @@ from uvm.hands.seccomp import compile_filter
 from uvm.hands.zygote import Hand, HandGone, Zygote
 
 _READY_S = 30.0  # a worker that takes longer to lock itself down is given up
-_TRIES = 3  # workers that may be found dead before one reads the job
 STOCK = 12  # workers kept ready beside one for each call that may run at once
 _RENEW_S = 0.03  # a burst of calls is not slowed by the making of new workers before this is over
 
@@ -114,6 +113,8 @@ class HandPool:
             await self.close()
             raise HomeError(f"no hand can be made here: {error}") from error
         self.tier = tier(self.layers)
+        held = tuple(name for name, holds in self.layers.items() if holds)
+        self._limits = replace(self._limits, required=held)  # a later zygote has them all, or none works
 
     @property
     def zygote_pid(self) -> int | None:
@@ -126,7 +127,7 @@ class HandPool:
         Raises:
             SandboxTooWeak: there is no sandbox, and the Architect has not allowed to go without.
         """
-        if self.layers and self.tier == "C" and not self._allow_weak:
+        if self._zygote is not None and self.tier == "C" and not self._allow_weak:
             raise SandboxTooWeak(
                 "generated code is not run: without seccomp, missing here, a hostile method could read "
                 "your files; BATOS_ALLOW_WEAK_SANDBOX=true runs it all the same",
@@ -161,7 +162,7 @@ class HandPool:
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         talk = Conversation(call, host, self._bytecode, overlay)
         endings: dict[str, Callable[[Any], BatosError]] = {
-            "raised": raised,
+            "raised": lambda payload: raised(payload, talk.shown),
             "unstorable": unstorable,
             "missed": lambda payload: missed(payload, talk.shown),
         }
@@ -257,7 +258,7 @@ class HandPool:
 
     async def _serve(self, what: str, job: bytes, answer: Answer, limit_s: float) -> tuple[str, Any, float]:
         """Returns kind and payload of a hand's last frame, and the seconds that it took."""
-        for _ in range(_TRIES):
+        for _ in range(self._count + STOCK + 1):  # if all spares have died, a new worker serves
             zygote = self._living_zygote()
             hand = self._take(zygote)
             try:
@@ -347,7 +348,10 @@ class HandPool:
             if not hand.ended:
                 return hand
             self._done.append(hand)
-        return zygote.fork(1)[0]
+        try:
+            return zygote.fork(1)[0]
+        except OSError as error:
+            raise QueueFull(f"no hand can be made now: {error}") from None
 
     def _retire(self, zygote: Zygote, hand: Hand) -> None:
         """Has a worker that served its call replaced: soon, or at once where there are few left."""
@@ -368,7 +372,8 @@ class HandPool:
         if self._zygote is not None and self._zygote.alive:
             self._zygote.end(self._done)
             self._done.clear()
-            self._spares.extend(self._zygote.fork(self._count + STOCK - len(self._spares)))
+            with suppress(OSError):  # no descriptor is left: the next call tries again
+                self._spares.extend(self._zygote.fork(self._count + STOCK - len(self._spares)))
 
 
 async def _off_the_clock(clock: asyncio.Timeout, reply: Awaitable[bytes]) -> bytes:

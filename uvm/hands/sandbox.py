@@ -33,12 +33,14 @@ class Limits:
         cpu_s: CPU time of a worker, s.
         filter: seccomp program; empty where there is none.
         without: layers to leave out; for measurements of what each one stops, never in a kernel.
+        required: optional layers that must not be missing, because they held before.
     """
 
     memory_mib: int
     cpu_s: int
     filter: bytes = b""
     without: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Sandbox:
             try:
                 layer.apply(self)
             except OSError as error:
-                if not layer.optional:
+                if not layer.optional or layer.name in self.limits.required:
                     raise
                 self.missing[layer.name] = str(error)
 

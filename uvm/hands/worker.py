@@ -30,7 +30,7 @@ from uvm.hands.reports import missed, raised, slot_missing
 from uvm.hands.sandbox import CHANNEL, Limits, Sandbox, die_with
 from uvm.hands.session import Session
 
-_REAP_S = 0.05  # how often the zygote looks after workers that it has killed
+_REAP_MS = 50  # how often the zygote looks after workers that it has killed
 _WARM_UPS = 50  # calls after which the interpreter has specialised the code that every call runs
 # Made beforehand: later there may be no memory to make them, and a new worker finds them warm.
 _READY, _EXHAUSTED = pack("ready", None), pack("exhausted", None)
@@ -64,6 +64,8 @@ class _Zygote:
 
     def __init__(self, control: socket.socket, sandbox: Sandbox) -> None:
         self._control = control
+        self._poll = select.poll()
+        self._poll.register(control, select.POLLIN)
         self._sandbox = sandbox
         self._pid = os.getpid()
         self._pids: dict[int, int] = {}  # token -> pid of a worker not reaped yet
@@ -94,7 +96,7 @@ class _Zygote:
     def _next(self) -> tuple[bytes, list[int]]:
         waiting = True
         while waiting:
-            waiting = not select.select([self._control], [], [], _REAP_S if self._forgotten else None)[0]
+            waiting = not self._poll.poll(_REAP_MS if self._forgotten else None)
             self._reap()
         packet, descriptors, *_ = socket.recv_fds(self._control, 1 << 10, MAX_TOKENS)
         return packet, descriptors

@@ -6,7 +6,7 @@ from typing import Any
 
 from uvm.errors import MethodNotFound, SlotProtected
 from uvm.image.grants import Grant
-from uvm.image.prototypes import UvmMethod, UvmObject
+from uvm.image.prototypes import UvmMethod, UvmObject, is_data
 
 
 def own_method(target: UvmObject, selector: str) -> UvmMethod:
@@ -23,12 +23,17 @@ def own_method(target: UvmObject, selector: str) -> UvmMethod:
     return method
 
 
-def check_no_grant(target: UvmObject, selector: str) -> None:
-    """Checks that a method of this name would hide no grant.
+def check_place(target: UvmObject, selector: str) -> None:
+    """Checks that a method of this name would hide no grant and replace no data.
 
     Raises:
         SlotProtected: it would.
     """
+    own = target._slots.get(selector)
+    if own is not None and is_data(own):
+        raise SlotProtected(
+            f"{target.label}.{selector} is a data slot; choose another selector", slot=selector
+        )
     held = target.lookup(selector)
     if held is not None and isinstance(held[1], Grant):
         raise SlotProtected(f"{held[0].label}.{selector} is a grant; choose another selector", slot=selector)
@@ -38,9 +43,9 @@ def install(target: UvmObject, method: UvmMethod) -> None:
     """Puts a method into its target; the version that it replaces becomes its history.
 
     Raises:
-        SlotProtected: the method would hide a grant.
+        SlotProtected: the method would hide a grant or replace data.
     """
-    check_no_grant(target, method.selector)
+    check_place(target, method.selector)
     earlier = target._slots.get(method.selector)
     target._slots[method.selector] = earlier.succeed(method) if isinstance(earlier, UvmMethod) else method
 
