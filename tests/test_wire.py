@@ -232,6 +232,33 @@ async def test_a_client_without_curve_is_cut_off(house: House) -> None:
     assert await house.ping() == 0
 
 
+@pytest.mark.parametrize("waits", [True, False])
+async def test_events_end_with_the_connection(house: House, waits: bool) -> None:
+    kernel = house.client()
+    events = kernel.events("news")
+    bridge: Bridge = house.bridge  # type: ignore[attr-defined]
+    first = asyncio.ensure_future(anext(events))
+
+    def told() -> bool:
+        bridge.publish("news", {"n": 1})
+        return first.done()
+
+    await until(told)
+    if waits:
+        following = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)
+        await kernel.close()
+    else:
+        await kernel.close()
+        following = asyncio.ensure_future(anext(events))
+    with pytest.raises(KernelUnreachable, match="the connection was closed"):
+        await following
+    with pytest.raises(KernelUnreachable, match="the connection was closed"):
+        await anext(kernel.events())
+    with pytest.raises(KernelUnreachable, match="the connection was closed"):
+        await kernel.request("ping")
+
+
 # Keys that come and go while the kernel runs
 
 

@@ -55,6 +55,7 @@ class Kernel:
         self._reader: asyncio.Task[None] | None = None
         self._handshakes: Handshakes | None = None
         self._refusal: KernelRefused | None = None
+        self._listeners: set[asyncio.Future[Any]] = set()  # what ends each iteration over events
 
     async def __aenter__(self) -> Self:
         """Connects and waits for an answer.
@@ -79,7 +80,7 @@ class Kernel:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; requests under way end as KernelUnreachable; safe to call twice."""
+        """Closes the connection; what is under way ends as KernelUnreachable; safe to call twice."""
         if self._reader is not None:
             self._reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -87,7 +88,9 @@ class Kernel:
         if self._handshakes is not None:
             await self._handshakes.close()
             self._handshakes = None
-        self._forsake(KernelUnreachable("the connection was closed", endpoint=self._endpoint))
+        self._forsake(self._closed())
+        for listener in self._listeners:
+            _end(listener, self._closed())
         self._context.destroy(linger=0)
 
     async def request(self, command: str, *, timeout_s: float | None = None, **fields: Any) -> Any:
@@ -104,6 +107,8 @@ class Kernel:
         """
         if self._refusal is not None:
             raise self._refusal
+        if self._context.closed:
+            raise self._closed()
         request_id = str(next(self._ids))
         payload = pack_request(request_id, command, fields)
         reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -162,31 +167,37 @@ class Kernel:
 
         Raises:
             KernelRefused: the kernel does not let this client in.
+            KernelUnreachable: the connection was closed meanwhile.
         """
-        refused: asyncio.Future[list[bytes]] = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
         def judge(refusal: KernelRefused | None) -> None:
-            if refusal is not None and not refused.done():
-                refused.set_exception(refusal)
+            if refusal is not None:
+                _end(ended, refusal)
 
         socket = self._keyed(zmq.SUB)
         handshakes = Handshakes(socket, self._events_endpoint, self._keys_dir, judge)
+        self._listeners.add(ended)
         try:
             for topic in topics or ("",):
                 socket.subscribe(topic)
             socket.connect(self._events_endpoint)
-            while True:
-                receiving = asyncio.ensure_future(socket.recv_multipart())
-                await asyncio.wait({receiving, refused}, return_when=asyncio.FIRST_COMPLETED)
-                _topic, payload = await (receiving if receiving.done() else refused)
-                yield unpack(payload)
+            while not ended.done():
+                receiving: asyncio.Future[Any] = asyncio.ensure_future(socket.recv_multipart())
+                await asyncio.wait({receiving, ended}, return_when=asyncio.FIRST_COMPLETED)
+                if not ended.done():
+                    yield unpack(receiving.result()[1])
+            await ended
         finally:
-            refused.cancel()
+            self._listeners.discard(ended)
+            ended.cancel()
             await handshakes.close()
             socket.close(linger=0)
 
     def _keyed(self, kind: int) -> zmq.asyncio.Socket:
         """Returns a socket with the keys, not yet connected."""
+        if self._context.closed:
+            raise self._closed()
         kernel, own = self._keys_dir / "kernel.key", self._keys_dir / "client.key_secret"
         missing = next((path for path in (kernel, own) if not exists(path)), None)
         if missing is not None:
@@ -210,6 +221,9 @@ class Kernel:
                 if waiting is not None and not waiting.done():
                     waiting.set_result(reply)
 
+    def _closed(self) -> KernelUnreachable:
+        return KernelUnreachable("the connection was closed", endpoint=self._endpoint)
+
     def _silence(self) -> BatosError:
         assert self._handshakes is not None
         return self._handshakes.silence()
@@ -224,3 +238,9 @@ class Kernel:
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(error)
+
+
+def _end(future: asyncio.Future[Any], error: BatosError) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # whoever waits for it no more need not be told that nobody looked

@@ -63,7 +63,8 @@ class Handshakes:
         self._watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._watch
-        self._socket.disable_monitor()
+        if not self._socket.closed:
+            self._socket.disable_monitor()
 
     def silence(self) -> BatosError:
         """Returns what it means that no answer comes."""
