@@ -454,7 +454,7 @@ async def test_one_connection_can_not_take_all_the_room(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bridge: Bridge = house.bridge  # type: ignore[attr-defined]
-    bridge._admission = Admission(each=Share(5, 1 << 20), all=Share(100, 1 << 20))
+    bridge._admission = Admission(Share(5, 1 << 20), Share(100, 1 << 20), Share(100, 1 << 20))
     async with house.client() as greedy, house.client() as modest:
         asked = [asyncio.create_task(greedy.request("status")) for _ in range(8)]
         await until(lambda: sum(task.done() for task in asked) == 3)
@@ -467,6 +467,22 @@ async def test_one_connection_can_not_take_all_the_room(
         await until(lambda: all(task.done() for task in asked))
         assert sum(task.exception() is None for task in asked) == 5
         assert await greedy.request("ping", timeout_s=WITHIN_S) == 0
+
+
+async def test_many_connections_of_one_key_can_not_take_all_the_room(house: House) -> None:
+    bridge: Bridge = house.bridge  # type: ignore[attr-defined]
+    bridge._admission = Admission(Share(5, 1 << 20), Share(8, 1 << 20), Share(10, 1 << 20))
+    ada = keys.add_client(house.keys_dir, "ada")
+    async with house.client(ada) as one, house.client(ada) as two, house.client() as modest:
+        asked = [asyncio.create_task(kernel.request("status")) for kernel in (one, two) for _ in range(5)]
+        await until(lambda: sum(task.done() for task in asked) == 2)
+        for task in asked:
+            if task.done():
+                with pytest.raises(QueueFull, match="of this key"):
+                    await task
+        assert await modest.request("ping", timeout_s=WITHIN_S) == 0
+        house.leave.set()
+        await asyncio.gather(*asked, return_exceptions=True)
 
 
 async def test_a_flood_lets_others_run_in_between() -> None:
@@ -490,22 +506,25 @@ async def test_a_flood_lets_others_run_in_between() -> None:
 
 
 def test_what_is_under_way_is_counted_in_requests_and_bytes() -> None:
-    room = Admission(each=Share(2, 100), all=Share(3, 150))
-    room.enter(b"a", 1000)  # one of any size always fits
+    room = Admission(connection=Share(2, 100), client=Share(2, 100), all=Share(3, 150))
+    room.enter("a", b"1", 1000)  # one of any size always fits
     with pytest.raises(QueueFull):
-        room.enter(b"b", 1)
-    room.leave(b"a", 1000)
-    room.enter(b"a", 60)
+        room.enter("b", b"2", 1)
+    room.leave("a", b"1", 1000)
+    room.enter("a", b"1", 60)
     with pytest.raises(QueueFull, match="this connection"):
-        room.enter(b"a", 60)
-    room.enter(b"b", 60)
-    room.enter(b"c", 10)
+        room.enter("a", b"1", 60)
+    with pytest.raises(QueueFull, match="of this key"):
+        room.enter("a", b"another", 60)
+    room.enter("b", b"1", 60)
+    room.enter("c", b"1", 10)
     with pytest.raises(QueueFull, match="all connections"):
-        room.enter(b"d", 10)
-    for connection, size in ((b"a", 60), (b"b", 60), (b"c", 10)):
-        room.leave(connection, size)
-    assert room == Admission(each=Share(2, 100), all=Share(3, 150))
-    assert admission.EACH.requests < admission.ALL.requests
+        room.enter("d", b"1", 10)
+    for key, size in (("a", 60), ("b", 60), ("c", 10)):
+        room.leave(key, b"1", size)
+    assert room == Admission(connection=Share(2, 100), client=Share(2, 100), all=Share(3, 150))
+    assert admission.CONNECTION.requests < admission.CLIENT.requests < admission.ALL.requests
+    assert admission.CONNECTION.size < admission.CLIENT.size < admission.ALL.size
 
 
 # Where the kernel listens

@@ -128,14 +128,14 @@ class Bridge:
         try:
             if not self._clients.allows(key):
                 raise _revoked()
-            self._admission.enter(envelope[0], len(payload))
+            self._admission.enter(key, envelope[0], len(payload))
         except BatosError as refusal:
             self._send(envelope, pack_error(_id_of(payload), refusal))
             return False
         task = asyncio.create_task(self._answer(envelope, payload))
         self._requests.add(task)
         task.add_done_callback(self._requests.discard)
-        task.add_done_callback(lambda _: self._admission.leave(envelope[0], len(payload)))
+        task.add_done_callback(lambda _: self._admission.leave(key, envelope[0], len(payload)))
         return True
 
     async def _answer(self, envelope: list[bytes], payload: bytes) -> None:
