@@ -7,6 +7,7 @@ was shown or made, and refer only to what it can reach. Kernel's side; no I/O he
 from __future__ import annotations
 
 from collections.abc import Set
+from itertools import islice
 from typing import Any
 
 from uvm.capabilities import KINDS
@@ -34,6 +35,7 @@ MAX_SLOTS = 100_000  # slots written, deleted or discarded, on all objects toget
 MAX_WRITE_BYTES = 8 << 20  # of the values of all slots written
 MAX_VALUES = 250_000  # in the result and all slots together; each is walked several times on its way
 MAX_MISSED_CALL = 64 << 10  # bytes of the arguments of a missed message; what is longer counts as unknown
+MAX_DISCARDED = 20  # objects, and slots of each, that are told of those that the method did not keep
 MAX_PARAMETERS = 100  # of a missed message
 _REF_CODE = bytes([REF])  # without this byte there is no reference in encoded data
 
@@ -73,7 +75,10 @@ def returned(payload: Any, shown: Shown, seconds: float) -> Outcome:
         result=_value(result, shown, new),
         writes={oid: _changes(changes, shown, new) for oid, changes in writes.items()},
         created=made,
-        discarded={oid: tuple(_names(slots)) for oid, slots in discarded.items()},
+        discarded={
+            oid: tuple(_names(slots)[:MAX_DISCARDED])
+            for oid, slots in islice(discarded.items(), MAX_DISCARDED)
+        },
         printed=printed,
         seconds=seconds,
     )

@@ -82,7 +82,8 @@ class Outcome:
     Attributes:
         writes: oid, or `new:N` of a created object, to the changes that are to be kept.
         created: in the order of their making; a later one may name an earlier one as its parent.
-        discarded: oid to slots that were changed on an object that never said `_p_changed = True`.
+        discarded: oid to slots that were changed on an object that never said `_p_changed = True`; the first
+            twenty objects, and of each the first twenty.
         printed: what the method printed, cut at 65,536 characters.
         seconds: wall clock of the call in its hand.
         seen: oid to the edition of the object that the hand was shown, as the host of the call noted it.

@@ -2,7 +2,8 @@
 
 Stock ZODB imports and calls whatever these name: when a conflict is resolved (an `undo` reads records that
 no connection ever loaded), when transactions are listed for an `undo`, and when the index beside an image
-file is read at opening. Here each gets the allow-list, or plain data only.
+file is read at opening. Here each gets the allow-list, or plain data only. The undo log of RelStorage is read
+by a loader of its own, which is not among them.
 """
 
 from __future__ import annotations
