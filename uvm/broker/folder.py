@@ -19,6 +19,7 @@ Signature = tuple[int, int, int, int]  # of a file: it changes when the file doe
 Parts = tuple[str, ...]
 
 TEMPORARY = ".batos-"  # how the names of files on their way to disk begin
+LEFTOVER = re.compile(re.escape(TEMPORARY) + "[0-9a-f]{16}")  # such a name in full
 MAX_PATH = 1024  # characters
 MAX_PART = 255  # bytes
 MAX_DEPTH = 32  # components
@@ -38,10 +39,12 @@ def parts_of(path: str) -> Parts:
     Raises:
         PermissionError: it leads out of the folder, or no ordinary file has such a name.
     """
+    if len(path) > MAX_PATH:
+        raise PermissionError(f"{path[:100]!r} is no name for a file: it is too long")
     parts = tuple(part for part in path.split("/") if part not in ("", "."))
     if path.startswith("/") or ".." in parts:
         raise PermissionError(f"{path!r:.100}: paths are relative to the folder granted, without '..'")
-    odd = len(path) > MAX_PATH or len(parts) > MAX_DEPTH or _ODD.search(path)
+    odd = len(parts) > MAX_DEPTH or _ODD.search(path)
     if odd or any(len(part.encode()) > MAX_PART for part in parts):
         raise PermissionError(f"{path!r:.100} is no name for a file")
     if any(part.startswith(TEMPORARY) for part in parts):

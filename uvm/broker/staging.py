@@ -129,8 +129,7 @@ class StagedFiles:
         """Removes whatever was written."""
         for ready in self._ready:
             if ready.temporary is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(ready.temporary, dir_fd=ready.root)
+                _discard(ready.temporary, ready.root)
         self._ready.clear()
         self._held.close()
 
@@ -154,7 +153,7 @@ class StagedFiles:
         try:
             _fill(file, change.content, now)
         except BaseException:
-            os.unlink(name, dir_fd=root)
+            _discard(name, root)
             raise
         return ready
 
@@ -164,11 +163,15 @@ class StagedFiles:
             name = f"{folder.TEMPORARY}{secrets.token_hex(8)}"
             file = os.open(name, _NEW_FILE, 0o666, dir_fd=root)
             self._held.callback(os.close, file)
-            with contextlib.suppress(BlockingIOError):
+            try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(file).st_nlink:
                     return name, file
-            # A sweep came between making and locking it.
+            except BlockingIOError:
+                pass  # a sweep came between making and locking it, and takes it away
+            except BaseException:
+                _discard(name, root)
+                raise
 
 
 class _Savepoint:
@@ -184,12 +187,18 @@ class _Savepoint:
 def sweep(root: int) -> None:
     """Removes what a kernel that was killed left half-written in a folder, given by its descriptor."""
     for name in os.listdir(root):
-        if name.startswith(folder.TEMPORARY):
+        if folder.LEFTOVER.fullmatch(name):
             with contextlib.suppress(OSError), ExitStack() as stack:
                 file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=root)
                 stack.callback(os.close, file)
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its kernel lives
                 os.unlink(name, dir_fd=root)
+
+
+def _discard(name: str, root: int) -> None:
+    """Removes a temporary file; one that can't be removed is left for the next sweep."""
+    with contextlib.suppress(OSError):
+        os.unlink(name, dir_fd=root)
 
 
 def _fill(file: int, content: bytes, before: os.stat_result | None) -> None:
