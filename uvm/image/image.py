@@ -302,14 +302,17 @@ class LivingImage:
             manager.abort()
             return
         note, user = manager.get().description, manager.get().user
-        async with self._commit_lock:  # FileStorage commits one at a time anyway; this makes the tid ours
-            before = self.last_transaction()
-            await blocking(manager.commit)
-            txn.tid = self.last_transaction()
-        if txn.tid == before:  # companions alone had something to commit
-            txn.tid = ""
-        elif self._on_commit is not None:
-            await self._on_commit(txn.tid, note, user)
+        try:
+            async with self._commit_lock:  # FileStorage commits one at a time anyway; this makes the tid ours
+                before = self.last_transaction()
+                try:
+                    await blocking(manager.commit)
+                finally:  # a companion that fails last, or a cancelled caller, undoes nothing
+                    after = self.last_transaction()
+                    txn.tid = after if after != before else ""  # the same: companions alone had something
+        finally:
+            if txn.tid and self._on_commit is not None:
+                await self._on_commit(txn.tid, note, user)
 
     @asynccontextmanager
     async def reading(self, as_of: dt.datetime | str | None = None) -> AsyncIterator[Txn]:
