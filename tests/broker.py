@@ -27,6 +27,7 @@ class World:
     Attributes:
         folder: what `files` is granted on, as soon as it is.
         events: what the log was told.
+        commits: id, note and user of each.
     """
 
     def __init__(self, home: Path) -> None:
@@ -34,7 +35,8 @@ class World:
         self.folder = home / "granted"
         self.folder.mkdir(exist_ok=True)
         self.events: list[dict[str, Any]] = []
-        self.image = LivingImage(str(home / "bat" / "image.fs"), home / "bat" / "blobs")
+        self.commits: list[tuple[str, str, str]] = []
+        self.image = LivingImage(str(home / "bat" / "image.fs"), home / "bat" / "blobs", self._committed)
         self.writer = Scripted([("weather", "Sunny."), (None, "I can't say.")])
         self.log = MetacognitionLog(
             home / "bat" / "log", (lambda event, fields: self.events.append({"event": event, **fields}),)
@@ -60,6 +62,9 @@ class World:
         await awaken(self.image)
         async with self.image.reading() as txn:
             self.oid = txn.find(HOLDER).oid
+
+    async def _committed(self, tid: str, note: str, user: str) -> None:
+        self.commits.append((tid, note, user))
 
     async def close(self) -> None:
         """Closes everything."""

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from evals.kernels import PROJECT
 from tests.broker import HOLDER, Call, Refused, World
 from uvm import messenger
-from uvm.broker import broker, folder
+from uvm.broker import broker, files, folder
 from uvm.errors import FilesNotWritten, HandDied, InvalidField, MalformedMessage, SlotNotFound
 from uvm.grant_options import FilesOptions
 from uvm.hands.calls import Outcome, SlotChanges
@@ -132,15 +134,17 @@ async def test_sizes_and_numbers_are_limited(world: World, monkeypatch: pytest.M
         assert await call.files("read_text", "a") == "x" * 10
         assert await refusal(call, "write_text", "b", "x" * 6) == "ValueError"
         await call.files("write_text", "b", "x" * 5)
+        assert await refusal(call, "write_text", "b", "x" * 6) == "ValueError"
+        assert await call.files("read_text", "b") == "x" * 5  # what was staged stays
         assert await refusal(call, "write_text", "c", "") == "ValueError"
-        monkeypatch.setitem(broker.MAX_USES, "files", 9)
+        monkeypatch.setitem(broker.MAX_USES, "files", 11)
         assert await call.files("exists", "a") is True
         for _ in range(broker.MAX_REFUSED):
             assert await refusal(call, "exists", "a") == "RuntimeError"
         with pytest.raises(HandDied, match="goes on"):
             await call.files("exists", "a")
         call.uses.keep()
-    assert world.names() == ["a", "b", "large"]
+    assert (world.names(), world.text("b")) == (["a", "b", "large"], "x" * 5)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +199,18 @@ OUT = [
     "dirlink/new",
     "../outside/other",
 ]
-ODD = ["a\x00b", "a\nb", "a\\b", ".batos-a", "sub/.batos-a", "x" * 256, "x/" * 40 + "x", "\ud800", "é" * 200]
+ODD = [
+    "a\x00b",
+    "a\nb",
+    "a\\b",
+    ".batos-a",
+    "sub/.batos-a",
+    "x" * 256,
+    "x/" * 40 + "x",
+    "./" * 600 + "file",
+    "\ud800",
+    "é" * 200,
+]
 SPECIAL = ["fifo", "socket", "twice", "link/x", "fifo/x"]
 
 
@@ -458,6 +473,76 @@ async def test_savepoints_neither_lose_nor_leak_writes(world: World) -> None:
     assert world.names() == ["a", "d"]
 
 
+@pytest.mark.parametrize("broken", ["flock", "fsync"])
+async def test_a_disk_that_fails_leaves_no_temporary_file(
+    world: World, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    await world.grant_files()
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(*((fcntl, "flock", fail) if broken == "flock" else (os, "fsync", fail)))
+    with pytest.raises(FilesNotWritten, match="No locks available"):
+        await world.once("files", "write_text", "a", "a")
+    assert world.names() == []
+
+
+async def test_an_abort_takes_back_what_it_can_and_closes_all(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.grant_files()
+    (world.folder / "sub").mkdir()
+    unlink = os.unlink
+    refused: list[str] = []
+
+    def refuse_one(name: Any, **where: Any) -> None:
+        if not refused:
+            refused.append(name)
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        unlink(name, **where)
+
+    async def unit(txn: Txn) -> None:
+        call = world.call(txn)
+        for name in ("a", "b", "sub/c"):
+            await call.files("write_text", name, name)
+        call.uses.keep()
+        (world.folder / "sub").rmdir()
+        monkeypatch.setattr(os, "unlink", refuse_one)
+
+    with pytest.raises(FilesNotWritten, match="sub/c was not written"):
+        await world.image.attempt("t", unit)
+    assert world.names() == refused  # the other one is gone; the fixture sees to what stays open
+
+
+async def test_files_that_fail_after_the_image_has_committed_are_told_as_such(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.grant_files()
+    granted = len(world.commits)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def unit(txn: Txn) -> None:
+        call = world.call(txn)
+        await call.files("write_text", "a", "a")
+        call.uses.keep()
+        txn.find(HOLDER).count = 1
+        monkeypatch.setattr(os, "rename", fail)
+
+    with pytest.raises(FilesNotWritten, match="the image has committed") as failure:
+        await world.image.attempt("half", unit, user="somebody")
+    assert failure.value.details == {"committed": True}
+    tid = world.image.last_transaction()
+    assert world.commits[granted:] == [(tid, "half", "somebody")]
+    async with world.image.reading() as now:
+        assert now.find(HOLDER).count == 1
+    await world.image.undo(tid)
+    async with world.image.reading() as now:
+        assert "count" not in now.find(HOLDER).data()
+
+
 # Revoking, leftovers
 
 
@@ -546,6 +631,15 @@ async def test_what_a_kill_left_is_swept_and_what_is_in_use_is_not(tmp_path: Pat
         await world.close()
 
 
+async def test_only_our_own_leftovers_are_swept(world: World) -> None:
+    own = [".batos-", ".batos-notes", f".batos-{'0' * 16}.txt", f".batos-{'A' * 16}", f".batos-{'0' * 15}"]
+    for name in (*own, f".batos-{'0' * 16}"):
+        (world.folder / name).write_text("")
+    await world.grant_files()
+    await world.once("files", "write_text", "a", "a")
+    assert world.names() == sorted([*own, "a"])
+
+
 # Limits of the whole
 
 
@@ -554,6 +648,63 @@ async def test_the_time_of_all_uses_is_limited(world: World, monkeypatch: pytest
     await world.grant_files()
     async with world.image.transaction("t") as txn:
         assert await refusal(world.call(txn), "exists", "a") == "TimeoutError"
+
+
+@pytest.fixture
+def stuck(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Folders that don't answer before the event is set."""
+    answer, opened = threading.Event(), folder.opened
+
+    def hang(root: str) -> contextlib.AbstractContextManager[int]:
+        answer.wait(20)
+        return opened(root)
+
+    monkeypatch.setattr(folder, "opened", hang)
+    yield answer
+    answer.set()
+    world.broker._disk._pool.shutdown()  # all have ended
+
+
+async def test_folders_that_hang_hold_nobody_else_up(
+    world: World, monkeypatch: pytest.MonkeyPatch, stuck: threading.Event
+) -> None:
+    monkeypatch.setattr(broker, "MAX_WAIT_S", 0.3)
+    await world.grant_files(write=False)
+    async with world.image.transaction("t") as txn, asyncio.timeout(10):
+        many = [refusal(world.call(txn), "exists", "a") for _ in range(broker.MAX_THREADS + 8)]
+        waiting = asyncio.gather(*many)
+        await asyncio.sleep(0)
+        async with world.image.transaction("another") as other:
+            other.find(HOLDER).count = 1
+        assert not waiting.done()
+        assert set(await waiting) == {"TimeoutError"}
+        assert not stuck.is_set()  # no call waited for the folder
+
+
+async def test_a_write_that_was_given_up_is_not_staged_later(
+    world: World, monkeypatch: pytest.MonkeyPatch, stuck: threading.Event
+) -> None:
+    monkeypatch.setattr(broker, "MAX_WAIT_S", 0.3)
+    ended = threading.Event()
+    stage = files.Attempt._stage
+
+    def told(*args: Any) -> None:
+        stage(*args)
+        ended.set()
+
+    monkeypatch.setattr(files.Attempt, "_stage", told)
+    await world.grant_files()
+    world.broker._swept.add(str(world.folder))
+    async with world.image.transaction("t") as txn:
+        call = world.call(txn)
+        assert await refusal(call, "write_text", "a", "a") == "TimeoutError"
+        call.uses.keep()
+        stuck.set()
+        assert await asyncio.to_thread(ended.wait, 20)
+        call.uses.keep()
+        assert await refusal(call, "write_text", "b", "b") == "TimeoutError"
+        call.uses.keep()
+    assert world.names() == []
 
 
 async def test_each_use_is_told_without_contents(world: World) -> None:

@@ -4,7 +4,9 @@ import asyncio
 import gzip
 import ipaddress
 import shutil
+import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,9 +16,12 @@ import pytest
 
 from tests.broker import HOLDER, Refused, World
 from uvm.broker import web
+from uvm.broker.broker import MAX_THREADS
+from uvm.broker.threads import Threads
 from uvm.grant_options import HttpOptions, host_name
 
 LIMITS: dict[str, Any] = {"max_bytes": 1000, "timeout_s": 5.0}
+SYSTEM: dict[str, Any] = {**LIMITS, "resolve": web.resolver(Threads("names", 2))}
 
 
 class Server:
@@ -100,7 +105,7 @@ async def server() -> AsyncIterator[Server]:
 
 
 async def get(server: Server, path: str, **options: Any) -> dict[str, Any]:
-    options = {"method": "GET", "headers": None, "hosts": [server.here], **LIMITS, **options}
+    options = {"method": "GET", "headers": None, "hosts": [server.here], **SYSTEM, **options}
     return await web.fetch(address=f"http://{server.here}{path}", **options)
 
 
@@ -171,7 +176,7 @@ async def test_a_handshake_that_does_not_end_is_a_timeout_too() -> None:
     listening = await asyncio.start_server(mute, "127.0.0.1", 0)
     place = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
     with pytest.raises(TimeoutError):
-        await web.fetch("GET", f"https://{place}/", None, hosts=[place], max_bytes=9, timeout_s=0.3)
+        await web.fetch("GET", f"https://{place}/", None, hosts=[place], **{**SYSTEM, "timeout_s": 0.3})
     async with asyncio.timeout(20):
         await ended.wait()  # the connection was closed, not forgotten
     listening.close()
@@ -181,9 +186,9 @@ async def test_a_server_that_fails_is_a_connection_error(server: Server) -> None
     with pytest.raises(ConnectionError):
         await get(server, "/garbage")
     with pytest.raises(ConnectionError):  # no TLS there
-        await web.fetch("GET", f"https://{server.here}/ok", None, hosts=[server.here], **LIMITS)
+        await web.fetch("GET", f"https://{server.here}/ok", None, hosts=[server.here], **SYSTEM)
     with pytest.raises(ConnectionError):
-        await web.fetch("GET", "http://127.0.0.1:1/", None, hosts=["127.0.0.1:1"], **LIMITS)
+        await web.fetch("GET", "http://127.0.0.1:1/", None, hosts=["127.0.0.1:1"], **SYSTEM)
     resolve, _ = resolver([])
     with pytest.raises(ConnectionError):
         await web.fetch("GET", "http://a.test/", None, hosts=["a.test"], **LIMITS, resolve=resolve)
@@ -220,7 +225,7 @@ async def test_a_server_that_fails_is_a_connection_error(server: Server) -> None
 )
 async def test_an_address_that_is_not_the_one_listed_is_refused(server: Server, address: str) -> None:
     with pytest.raises((PermissionError, ValueError)):
-        await web.fetch("GET", address.format(port=server.port), None, hosts=[server.here], **LIMITS)
+        await web.fetch("GET", address.format(port=server.port), None, hosts=[server.here], **SYSTEM)
     assert server.seen == []
 
 
@@ -419,4 +424,34 @@ async def test_a_method_gets_answers_and_ordinary_errors(server: Server, tmp_pat
         [listed] = await world.granting.listed(HOLDER)
         assert listed["options"] == {"hosts": [server.here], "max_bytes": 1000, "timeout_s": 5.0}
     finally:
+        await world.close()
+
+
+async def test_name_servers_that_hang_hold_nobody_else_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+
+    def hang(*_: Any, **__: Any) -> None:
+        answer.wait(20)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    world = World(tmp_path)
+    await world.start()
+    try:
+        await world.grant(HttpOptions(kind="http", hosts=["a.test"], timeout_s=0.3))
+        async with world.image.reading() as txn, asyncio.timeout(10):
+            many = [world.call(txn).use("http", "get", "http://a.test/") for _ in range(MAX_THREADS + 8)]
+            waiting = asyncio.gather(*many, return_exceptions=True)
+            await asyncio.sleep(0)
+            async with world.image.transaction("another") as other:
+                other.find(HOLDER).count = 1
+            assert not waiting.done()
+            assert {str(refused) for refused in await waiting} == {
+                "TimeoutError: http://a.test/ did not answer within 0.3 s"
+            }
+            assert not answer.is_set()
+    finally:
+        answer.set()
         await world.close()

@@ -6,7 +6,7 @@ A grant is a slot: the image keeps it, children inherit it, it can be undone. On
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from uvm.errors import SlotNotFound, SlotProtected
@@ -27,7 +27,9 @@ class Granting:
         settled: checks the options of a new grant and returns them as they are kept.
     """
 
-    def __init__(self, image: LivingImage, settled: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    def __init__(
+        self, image: LivingImage, settled: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+    ) -> None:
         self._image = image
         self._settled = settled
 
@@ -40,7 +42,7 @@ class Granting:
             SlotProtected: the slot holds something else.
             InvalidField: what is to be granted is not there, or belongs to BAT OS itself.
         """
-        chosen = self._settled(options.model_dump(exclude={"kind"}))
+        chosen = await self._settled(options.model_dump(exclude={"kind"}))
 
         def unit(txn: Txn) -> dict[str, Any]:
             found = txn.find(target)

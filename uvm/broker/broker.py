@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from uvm.broker import folder, staging, web
-from uvm.broker.files import Files, Granted
+from uvm.broker.files import Attempt, Files, Granted
+from uvm.broker.threads import Threads
 from uvm.capabilities import KINDS, Verb
 from uvm.errors import (
     BatosError,
@@ -28,7 +29,7 @@ from uvm.errors import (
     MindError,
 )
 from uvm.image.grants import Grant
-from uvm.image.image import LivingImage, Txn, blocking
+from uvm.image.image import LivingImage, Txn
 from uvm.image.prototypes import UvmObject
 from uvm.memory.fractal import FractalMemory
 from uvm.metacognition import MetacognitionLog
@@ -41,6 +42,7 @@ MAX_WAIT_S = 600.0  # that all uses of one call may take together
 MAX_QUESTION = 16_384  # characters
 MAX_ANSWER_TOKENS = 1024
 MAX_HITS = 20
+MAX_THREADS = 32  # that folders, and as many that name servers, may keep waiting
 
 _TOLD = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, TimeoutError)
 # What a method gets to see: the first of these that an error is.
@@ -75,6 +77,8 @@ class Broker:
         self._default_persona = default_persona
         self._protected = protected
         self._swept: set[str] = set()
+        self._disk = Threads("folders", MAX_THREADS)
+        self._resolve = web.resolver(Threads("names", MAX_THREADS))
         self.kinds: dict[str, Callable[[Use], Awaitable[Any]]] = {
             "files": self._files,
             "http": self._http,
@@ -87,7 +91,7 @@ class Broker:
         """Returns what carries out the uses of one call in `txn`."""
         return Uses(self, txn, selector)
 
-    def settled(self, options: dict[str, Any]) -> dict[str, Any]:
+    async def settled(self, options: dict[str, Any]) -> dict[str, Any]:
         """Returns the options of a new grant as they are kept: a folder without links in its path.
 
         Raises:
@@ -96,16 +100,20 @@ class Broker:
         if "path" not in options:
             return options
         try:
-            return {**options, "path": folder.settled(options["path"], self._protected)}
+            path = await self._disk.run(lambda: folder.settled(options["path"], self._protected))
         except (ValueError, OSError) as error:
             raise InvalidField(f"options.path: {error}", field="options.path") from None
+        return {**options, "path": path}
 
     # The kinds
 
     async def _files(self, use: Use) -> Any:
-        return await blocking(lambda: self._in_folder(use))
+        attempt = use.files.attempt()
+        result = await self._disk.run(lambda: self._in_folder(use, attempt))
+        use.files.adopt(attempt)  # one that was given up is never adopted, even if it ends later
+        return result
 
-    def _in_folder(self, use: Use) -> Any:
+    def _in_folder(self, use: Use, attempt: Attempt) -> Any:
         options = use.grant.options
         root = folder.settled(options["path"], self._protected)
         if root != options["path"]:
@@ -115,7 +123,7 @@ class Broker:
                 staging.sweep(descriptor)
             self._swept.add(root)
         granted = Granted(root, options["max_bytes"], options["write"], use.holds)
-        return use.files.carry_out(granted, use.verb.name, dict(use.values))
+        return attempt.carry_out(granted, use.verb.name, dict(use.values))
 
     async def _http(self, use: Use) -> Any:
         options = use.grant.options
@@ -126,6 +134,7 @@ class Broker:
             hosts=options["hosts"],
             max_bytes=options["max_bytes"],
             timeout_s=options["timeout_s"],
+            resolve=self._resolve,
         )
 
     async def _clock(self, use: Use) -> Any:
@@ -268,13 +277,19 @@ class Uses:
             raise PermissionError("a look at an earlier image can't write files")
         if not use.holds():
             raise PermissionError("the grant was revoked")
+        if self._left_s <= 0:
+            raise _spent()
         try:
-            async with asyncio.timeout(max(0.0, self._left_s)) as budget:
+            async with asyncio.timeout(self._left_s) as budget:
                 return await self.broker.kinds[kind](use)
         except TimeoutError:
             if not budget.expired():
                 raise
-            raise TimeoutError(f"the grants of this call took {MAX_WAIT_S:g} s, which is the limit") from None
+            raise _spent() from None
+
+
+def _spent() -> TimeoutError:
+    return TimeoutError(f"the grants of this call took {MAX_WAIT_S:g} s, which is the limit")
 
 
 def _message(error: Exception) -> str:

@@ -1,13 +1,14 @@
 """The verbs of `files`: reading sees what the same call and transaction have written, writing is only staged.
 
-A call's changes lie over those of its transaction, and these over the disk. Blocking.
+A call's changes lie over those of its transaction, and these over the disk. Each use works on a copy of its
+own, in a thread: one that was given up, and ends later all the same, changes nothing.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class Files:
     def __init__(self, txn: Txn) -> None:
         self._txn = txn
         self._changes: dict[str, Change] = {}
-        self._read: dict[str, Signature] = {}  # what changes to these files will build on
+        self._read: dict[str, Signature] = {}
 
     def keep(self) -> None:
         """Hands the call's changes over to its transaction, which writes them when it commits."""
@@ -60,9 +61,35 @@ class Files:
             return
         staged = self._txn.companion(StagedFiles)
         if staged is None:
-            self._txn.join(StagedFiles(self._changes))
+            self._txn.join(StagedFiles(dict(self._changes)))
         else:
             staged.changes.update(self._changes)
+
+    def attempt(self) -> Attempt:
+        """Returns what one use needs to know and may change, as a copy for another thread."""
+        staged = self._txn.companion(StagedFiles)
+        return Attempt(dict(staged.changes) if staged else {}, dict(self._changes), dict(self._read))
+
+    def adopt(self, done: Attempt) -> None:
+        """Takes over what a use has done."""
+        self._changes, self._read = done.changes, done.read
+
+
+class Attempt:
+    """One use of `files`. Blocking.
+
+    Args:
+        earlier: the changes of the transaction.
+        changes: those of the call, by path on the disk; the use adds its own.
+        read: signatures of the files that were read, which changes will build on.
+    """
+
+    def __init__(
+        self, earlier: dict[str, Change], changes: dict[str, Change], read: dict[str, Signature]
+    ) -> None:
+        self.changes = changes
+        self.read = read
+        self._earlier = earlier
 
     def carry_out(self, granted: Granted, verb: str, values: dict[str, Any]) -> Any:
         """Carries out one verb of `files` and returns its result.
@@ -79,7 +106,7 @@ class Files:
         change = self._change(place)
         if change is None:
             content, seen = folder.read(granted.root, parts, granted.limit)
-            self._read.setdefault(place.path, seen)
+            self.read.setdefault(place.path, seen)
             return content
         if change.content is None:
             raise FileNotFoundError(f"there is no file {'/'.join(parts)!r}")
@@ -102,7 +129,7 @@ class Files:
             before = self.read_bytes(granted, parts)
         except FileNotFoundError:
             before = b""
-            self._read.setdefault(Place(granted.root, parts).path, MISSING)
+            self.read.setdefault(Place(granted.root, parts).path, MISSING)
         self._stage(granted, parts, before + text.encode())
 
     def delete(self, granted: Granted, parts: Parts) -> None:
@@ -114,7 +141,7 @@ class Files:
     def names(self, granted: Granted, parts: Parts) -> list[str]:
         found = set(folder.entries(granted.root, parts))
         here = Place(granted.root, parts).path
-        for change in self._all():
+        for change in {**self._earlier, **self.changes}.values():
             if os.path.dirname(change.place.path) == here:
                 (found.discard if change.content is None else found.add)(change.place.parts[-1])
         return sorted(found)
@@ -134,14 +161,8 @@ class Files:
 
     # Their parts
 
-    def _all(self) -> list[Change]:
-        """Returns the changes of the transaction, then those of the call."""
-        staged = self._txn.companion(StagedFiles)
-        return [*(staged.changes.values() if staged else ()), *self._changes.values()]
-
     def _change(self, place: Place) -> Change | None:
-        staged = self._txn.companion(StagedFiles)
-        return self._changes.get(place.path) or (staged.changes.get(place.path) if staged else None)
+        return self.changes.get(place.path) or self._earlier.get(place.path)
 
     def _is_file(self, granted: Granted, parts: Parts) -> bool:
         change = self._change(Place(granted.root, parts))
@@ -156,12 +177,15 @@ class Files:
         with folder.opened(granted.root) as root, folder.parent_of(root, folder.named(parts)) as parent:
             folder.found(parent, parts)  # refuses at once what could not be replaced
         earlier = self._change(place)
-        before = earlier.before if earlier else self._read.get(place.path)
-        self._changes[place.path] = Change(place, content, before, granted.holds)
-        held = [len(change.content or b"") for change in self._changes.values()]
-        if len(held) > MAX_STAGED_FILES or sum(held) > MAX_STAGED_BYTES:
-            del self._changes[place.path]
+        before = earlier.before if earlier else self.read.get(place.path)
+        staged = {**self.changes, place.path: Change(place, content, before, granted.holds)}
+        if len(staged) > MAX_STAGED_FILES or _bytes(staged.values()) > MAX_STAGED_BYTES:
             raise ValueError(f"one call writes at most {MAX_STAGED_FILES} files and {MAX_STAGED_BYTES} bytes")
+        self.changes = staged
+
+
+def _bytes(changes: Iterable[Change]) -> int:
+    return sum(len(change.content or b"") for change in changes)
 
 
 def _decoded(content: bytes, parts: Parts) -> str:
@@ -172,13 +196,13 @@ def _decoded(content: bytes, parts: Parts) -> str:
 
 
 _VERBS: dict[str, Callable[..., Any]] = {
-    "read_text": Files.read_text,
-    "read_bytes": Files.read_bytes,
-    "list": Files.names,
-    "exists": Files.exists,
-    "size": Files.size,
-    "write_text": Files.write_text,
-    "write_bytes": Files.write_bytes,
-    "append_text": Files.append_text,
-    "delete": Files.delete,
+    "read_text": Attempt.read_text,
+    "read_bytes": Attempt.read_bytes,
+    "list": Attempt.names,
+    "exists": Attempt.exists,
+    "size": Attempt.size,
+    "write_text": Attempt.write_text,
+    "write_bytes": Attempt.write_bytes,
+    "append_text": Attempt.append_text,
+    "delete": Attempt.delete,
 }

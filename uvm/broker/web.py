@@ -12,11 +12,13 @@ import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpcore2
 
+from uvm.broker.threads import Threads
 from uvm.grant_options import host_name, with_port
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -90,7 +92,7 @@ async def fetch(
     hosts: Sequence[str],
     max_bytes: int,
     timeout_s: float,
-    resolve: Resolve | None = None,
+    resolve: Resolve,
 ) -> dict[str, Any]:
     """Returns `{status, headers, text}` of what is at a web address.
 
@@ -99,7 +101,7 @@ async def fetch(
         hosts: in the spelling of `uvm.grant_options`.
         max_bytes: of the body.
         timeout_s: of everything together, redirects included.
-        resolve: host and port -> addresses; the system's by default.
+        resolve: host and port -> addresses.
 
     Raises:
         PermissionError: a host that is not listed, or one that leads to a private address.
@@ -109,7 +111,7 @@ async def fetch(
     sent = _checked_headers(headers or {})
     try:
         async with asyncio.timeout(timeout_s):
-            return await _follow(method, parse(address), sent, hosts, max_bytes, resolve or _system)
+            return await _follow(method, parse(address), sent, hosts, max_bytes, resolve)
     except (TimeoutError, httpcore2.TimeoutException):
         raise TimeoutError(f"{parse(address).told} did not answer within {timeout_s:g} s") from None
     except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.UnsupportedProtocol) as error:
@@ -236,12 +238,17 @@ class _Pinned(httpcore2.AsyncNetworkBackend):
         raise refusal
 
 
-async def _system(host: str, port: int) -> list[str]:
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConnectionError(f"{host} is not known: {error.strerror or error}") from None
-    return list(dict.fromkeys(str(address[4][0]) for address in found))
+def resolver(threads: Threads) -> Resolve:
+    """Returns the system's own way to look a name up, in these threads."""
+
+    async def resolve(host: str, port: int) -> list[str]:
+        try:
+            found = await threads.run(partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
+        except OSError as error:
+            raise ConnectionError(f"{host} is not known: {error.strerror or error}") from None
+        return list(dict.fromkeys(str(address[4][0]) for address in found))
+
+    return resolve
 
 
 def _literal(host: str) -> Address | None:
