@@ -42,6 +42,7 @@ class House:
     endpoint: str = field(default_factory=free_endpoint)
     events: str = field(default_factory=free_endpoint)
     counter: int = 0
+    waiting: int = 0
     faults: list[BaseException] = field(default_factory=list)
     leave: asyncio.Event = field(default_factory=asyncio.Event)
     clients: list[Kernel] = field(default_factory=list)
@@ -50,6 +51,7 @@ class House:
         if command.command == "set_slot":
             self.counter += 1
         elif command.command == "status":
+            self.waiting += 1
             await self.leave.wait()
         return self.counter
 
@@ -282,6 +284,18 @@ async def test_a_revoked_client_is_out_at_once(house: House) -> None:
             await ada.request("ping", timeout_s=WITHIN_S)
 
 
+async def test_a_revoked_client_is_not_told_what_it_had_asked(house: House) -> None:
+    folder = keys.add_client(house.keys_dir, "ada")
+    carried = folder.rename(house.keys_dir.parent / "carried")
+    async with house.client(carried) as ada:
+        asked = asyncio.create_task(ada.request("status"))
+        await until(lambda: house.waiting)
+        keys.revoke_client(house.keys_dir, "ada")
+        house.leave.set()
+        with pytest.raises(KernelRefused, match="revoked"):
+            await asked
+
+
 async def test_a_revoked_subscriber_hears_nothing_more(house: House) -> None:
     folder = keys.add_client(house.keys_dir, "ada")
     carried = folder.rename(house.keys_dir.parent / "carried")
@@ -319,6 +333,27 @@ async def test_a_revoked_subscriber_hears_nothing_more(house: House) -> None:
     for listener in listeners:
         listener.cancel()
     await asyncio.gather(*listeners, return_exceptions=True)
+
+
+async def test_an_address_that_stays_taken_is_told_once(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge: Bridge = house.bridge  # type: ignore[attr-defined]
+    listens = bridge._publisher._listen
+    tries = 0
+
+    def fail() -> zmq.asyncio.Socket:
+        nonlocal tries
+        tries += 1
+        raise HomeError("taken")
+
+    monkeypatch.setattr(publisher, "RETRY_S", 0.0)
+    monkeypatch.setattr(bridge._publisher, "_listen", fail)
+    bridge._publisher._start_afresh()
+    await until(lambda: tries > 2 * publisher.EXPECTED_TRIES)
+    assert [str(fault) for fault in house.faults] == ["taken"]
+    monkeypatch.setattr(bridge._publisher, "_listen", listens)
+    await until(lambda: bridge._publisher._socket is not None)
 
 
 async def test_a_torn_key_lets_nobody_in_and_stops_nobody(house: House) -> None:

@@ -2,8 +2,8 @@
 
 One task reads; each request runs in a task of its own, so that control traffic never queues behind work (what
 limits work are the kernel's lanes). A bad message gets a typed error reply and never stops the kernel. Who is
-no admitted client is refused at the handshake, and at each request, since a key may be revoked in between.
-Layer 4.
+no admitted client is refused at the handshake, and again at each request and each reply, since a key may be
+revoked in between. Layer 4.
 """
 
 from __future__ import annotations
@@ -132,14 +132,14 @@ class Bridge:
         except BatosError as refusal:
             self._send(envelope, pack_error(_id_of(payload), refusal))
             return False
-        task = asyncio.create_task(self._answer(envelope, payload))
+        task = asyncio.create_task(self._answer(envelope, key, payload))
         self._requests.add(task)
         task.add_done_callback(self._requests.discard)
         task.add_done_callback(lambda _: self._admission.leave(key, envelope[0], len(payload)))
         return True
 
-    async def _answer(self, envelope: list[bytes], payload: bytes) -> None:
-        """Answers one message."""
+    async def _answer(self, envelope: list[bytes], key: str, payload: bytes) -> None:
+        """Answers one message of the client with this key."""
         request_id: str | int | None = None
         try:
             request = parse_request(payload)
@@ -149,17 +149,24 @@ class Bridge:
             self._send(envelope, pack_error(request_id, ShuttingDown("the kernel is shutting down")))
             raise
         except Rejected as rejected:
-            reply = pack_error(rejected.id, rejected.error)
+            request_id = rejected.id
+            reply = pack_error(request_id, rejected.error)
         except Exception as error:
             if not isinstance(error, BatosError):
                 self._report(error)
             reply = pack_error(request_id, error)
-        await self._deliver(envelope, reply)
+        await self._deliver(envelope, key, request_id, reply)
 
-    async def _deliver(self, envelope: list[bytes], reply: bytes) -> None:
-        """Sends a reply, and waits for a client that does not read."""
+    async def _deliver(
+        self, envelope: list[bytes], key: str, request_id: str | int | None, reply: bytes
+    ) -> None:
+        """Sends a reply, or a refusal if the key was revoked; waits for a client that does not read."""
         pause_s, waited_s = RETRY_S, 0.0
-        while not self._send(envelope, reply) and waited_s < REPLY_PATIENCE_S:
+        while waited_s < REPLY_PATIENCE_S:
+            if not self._clients.allows(key):
+                reply = pack_error(request_id, _revoked())
+            if self._send(envelope, reply):
+                return
             await asyncio.sleep(pause_s)  # it is still under way: it counts against who does not read
             waited_s, pause_s = waited_s + pause_s, min(2 * pause_s, LONGEST_RETRY_S)
 

@@ -18,6 +18,7 @@ from uvm.messages import pack_event
 MAX_TOPICS = 256
 MAX_TOPIC_BYTES = 100
 RETRY_S = 0.02
+EXPECTED_TRIES = 50  # libzmq closes a socket in a thread of its own; until then its address is taken
 
 
 class Publisher:
@@ -30,7 +31,7 @@ class Publisher:
     Args:
         listen: returns a fresh XPUB socket at the address; raises HomeError where it is taken.
         clients: who may subscribe.
-        report: told of events that can't be sent.
+        report: told of events that can't be sent, and once if it can't listen again.
     """
 
     def __init__(
@@ -83,10 +84,14 @@ class Publisher:
         self._reader = asyncio.create_task(self._listen_again())
 
     async def _listen_again(self) -> None:
+        tries = 0
         while self._socket is None:
             try:
                 self._socket = self._listen()
-            except (HomeError, OSError, zmq.ZMQError):  # libzmq closes the old one in a thread of its own
+            except (HomeError, OSError, zmq.ZMQError) as error:
+                tries += 1
+                if tries == EXPECTED_TRIES:
+                    self._report(error)
                 await asyncio.sleep(RETRY_S)
         await self._read_subscriptions()
 
