@@ -5,8 +5,10 @@ import errno
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import zmq.auth
@@ -318,3 +320,42 @@ def test_no_room_to_read_is_no_revocation(home: Path) -> None:
     assert [error.errno for error in faults if isinstance(error, OSError)] == [errno.EMFILE]  # told once
     assert allowed.allows(keys.clients(home)["bob"])
     assert keyfiles.listed(home / "nothing") == []
+
+
+def aged(home: Path, shift_s: float) -> None:
+    """Sets the times of the clients' folder and files, from now."""
+    for path in (*(home / "clients").iterdir(), home / "clients"):
+        os.utime(path, (time.time() + shift_s,) * 2)
+
+
+def unexpected(fault: object) -> NoReturn:
+    pytest.fail(str(fault))
+
+
+def test_a_key_file_that_is_written_over_counts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys.add_client(home, "ada")
+    keys.add_client(home, "bob")
+    ada, bob = keys.clients(home)["ada"], keys.clients(home)["bob"]
+    path = home / "clients" / "ada.key"
+    mine, other = path.read_bytes(), (home / "clients" / "bob.key").read_bytes()
+    (home / "clients" / "bob.key").unlink()
+    aged(home, -100)
+    monkeypatch.setattr(keys, "_LOOK_S", 0.0)
+    allowed = keys.AllowedClients(home, unexpected)
+    assert (allowed.allows(ada), allowed.allows(bob)) == (True, False)
+    path.write_bytes(other)
+    assert (allowed.allows(ada), allowed.allows(bob)) == (False, True)
+    assert allowed.revocations == 1
+    path.write_bytes(mine)
+    assert (allowed.allows(ada), allowed.allows(bob)) == (True, False)
+
+
+@pytest.mark.parametrize("shift_s", [-3600, 3600])
+def test_what_has_not_changed_is_not_read_again(
+    home: Path, shift_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aged(home, shift_s)
+    allowed = keys.AllowedClients(home, unexpected)
+    monkeypatch.setattr(keys, "read_public", unexpected)
+    for _ in range(3):
+        assert not allowed.allows("")

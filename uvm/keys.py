@@ -4,7 +4,8 @@
       kernel.key            the kernel's public key; every client needs it
       kernel.key_secret     0600
       client.key_secret     0600, the key pair of this machine's own client
-      clients/NAME.key      the public keys that may connect; a running kernel obeys each change at once
+      clients/NAME.key      the public keys that may connect; a running kernel obeys each change at once (one
+                            that is written over in place, within 0.1 s)
       carry/NAME/           the folder of a new client, until it is carried to its machine
 
 `python -m uvm.keys --keys-dir FOLDER add|list|revoke [NAME]` is what `./puter.sh key` runs. The files
@@ -14,6 +15,7 @@ themselves: `uvm.keyfiles`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -38,6 +40,7 @@ from uvm.keyfiles import (
 
 KERNEL, LOCAL = "kernel", "client"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_LOOK_S = 0.1  # how long the times of the key files may be old
 _SETTLED_NS = 1_000_000_000  # a change within the same tick of the file system's clock must not be missed
 
 
@@ -133,7 +136,8 @@ def clients(keys_dir: Path) -> dict[str, str]:
 class AllowedClients:
     """The keys that may connect, as the folder `clients` has them right now.
 
-    To ask costs one `stat`; the files are read again when the folder has changed.
+    To ask costs one `stat`; the files are read again when the folder has changed. A file that is written over in
+    place leaves the folder as it was, so the times of the files are looked at too, at most ten times a second.
 
     Args:
         keys_dir: as `ensure_keys` leaves it.
@@ -147,8 +151,10 @@ class AllowedClients:
         self._folder = keys_dir / "clients"
         self._report = report
         self._names: dict[str, str] = {}
-        self._stamp = -1
+        self._stamp: tuple[int, ...] = ()  # the times of the folder and its files when they were read
         self._settled = False
+        self._file_times: tuple[int, ...] = ()
+        self._look_at = 0.0
         self._told: set[str] = set()
         self.revocations = 0
         self.refresh()
@@ -160,13 +166,25 @@ class AllowedClients:
 
     def refresh(self) -> None:
         """Reads the folder again if it has changed."""
-        try:
-            stamp = os.stat(self._folder).st_mtime_ns
-        except OSError:
-            stamp = -1
+        stamp = self._folder_time(), *self._times_of_files()
         if stamp != self._stamp or not self._settled:
-            self._settled = time.time_ns() - stamp > _SETTLED_NS
-            self._stamp = stamp if self._read() else -1
+            now = time.time_ns()
+            self._settled = all(abs(now - then) > _SETTLED_NS for then in stamp)  # one may lie in the future
+            self._stamp = stamp if self._read() else ()
+
+    def _folder_time(self) -> int:
+        try:
+            return os.stat(self._folder).st_mtime_ns
+        except OSError:
+            return -1
+
+    def _times_of_files(self) -> tuple[int, ...]:
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            with contextlib.suppress(OSError):  # one has just gone, or there is no room: look again later
+                self._file_times = tuple(path.lstat().st_mtime_ns for path in listed(self._folder))
+        return self._file_times
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Answers pyzmq's authenticator at each handshake; reads the folder whatever its time says."""
