@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 from config import PROJECT, Settings
 from uvm import messages as m
@@ -355,9 +356,19 @@ def _embedder(settings: Settings) -> Embedder:
 def _protected(settings: Settings) -> tuple[Path, ...]:
     """Returns what no grant may open: data, keys, models and code of BAT OS itself."""
     data = [settings.KEYS_DIR, settings.BLOB_DIR, settings.METACOGNITION_LOG_FILE, settings.MODELS_DIR]
-    image = [] if "://" in settings.DB_FILE else [Path(settings.DB_FILE)]
+    image = _image_paths(settings.DB_FILE)
     code = [*(PROJECT / name for name in CODE), Path(sys.prefix)]
     return (*data, *image, settings.LORA_STAGING_DIR, settings.HOME / "run", *code)
+
+
+def _image_paths(location: str) -> list[Path]:
+    """Returns the file, and the folder of blobs, that a place of an image names; none of a remote one."""
+    if "://" not in location:
+        return [Path(location)]
+    if not location.startswith("file://"):
+        return []
+    path, _, options = location.removeprefix("file://").partition("?")
+    return [Path(path), *(Path(value) for name, value in parse_qsl(options) if name == "blobstorage_dir")]
 
 
 def _versions() -> dict[str, str]:

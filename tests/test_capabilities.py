@@ -203,6 +203,20 @@ async def test_granting_can_be_undone_and_refuses_what_is_our_own(
             await kernel.request("revoke", target_oid="genesis_obj", slot="files")
 
 
+async def test_an_image_named_by_a_uri_can_not_be_granted(start_kernel: Start, tmp_path: Path) -> None:
+    image, blobs = tmp_path / "elsewhere", tmp_path / "blobs"
+    for folder in (image, blobs):
+        folder.mkdir()
+    place = f"file://{image}/image.fs?blobstorage_dir={blobs}"
+    process = start_kernel(scripted(tmp_path, [], DB_FILE=place))
+    async with process.client() as kernel:
+        assert (image / "image.fs").exists()
+        for path in (image, blobs):
+            with pytest.raises(errors.InvalidField, match="can't be granted"):
+                await grant_files(kernel, path)
+        assert await kernel.request("grants") == []
+
+
 async def test_clock_memory_and_persona(start_kernel: Start, tmp_path: Path) -> None:
     sources = {
         "moment": "def moment(self):\n    return [self.clock.now(), self.clock.today()]",
