@@ -30,7 +30,7 @@
     │   ├── HandOutputTooLarge   its answer was larger than allowed
     │   ├── HandDied             its process ended without an answer
     │   ├── WriteSetRefused      it tried to change what a method may not change
-    │   ├── FilesNotWritten      its files are not on disk; with `committed`, the image has changed all the same
+    │   ├── FilesNotWritten      its files are not on disk; with `committed`, the image has changed
     │   └── SandboxTooWeak       it was not run at all: this system offers no sandbox
     ├── MissionError
     │   ├── MissionFailed        the cycle ended in FAILED; the details hold the findings
