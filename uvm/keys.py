@@ -136,8 +136,8 @@ def clients(keys_dir: Path) -> dict[str, str]:
 class AllowedClients:
     """The keys that may connect, as the folder `clients` has them right now.
 
-    To ask costs one `stat`; the files are read again when the folder has changed. A file that is written over in
-    place leaves the folder as it was, so the times of the files are looked at too, at most ten times a second.
+    To ask costs one `stat`; the files are read again when the folder has changed. A file that is written over
+    in place leaves the folder as it was, so the files' times are looked at too, at most ten times a second.
 
     Args:
         keys_dir: as `ensure_keys` leaves it.
