@@ -20,7 +20,7 @@ import zmq.auth
 
 from evals.kernels import KernelProcess, free_endpoint
 from tests.conftest import Start, scripted
-from uvm import admission, handshakes, keys, publisher
+from uvm import admission, codec, handshakes, keys, publisher
 from uvm.admission import Admission, Share
 from uvm.bridge import MOST_READ_REFUSED, Bridge
 from uvm.client import Kernel
@@ -373,8 +373,15 @@ async def test_to_refuse_a_large_message_costs_nothing(house: House) -> None:
     await socket.send(pack_request("0", "ping", {}))
     await socket.recv()
     keys.revoke_client(house.keys_dir, "ada")
-    for extra, request_id in ((0, "1"), (MOST_READ_REFUSED, None)):
-        await socket.send(pack_request("1", "ping", {"text": "x" * extra}))
+    large = {"text": "x" * MOST_READ_REFUSED}
+    otherwise = codec.encode({**large, "v": 1, "id": "4", "command": "ping"})
+    for request, request_id in (
+        (pack_request("1", "ping", {}), "1"),
+        (pack_request("22", "ping", large), "22"),  # as the Python client begins them
+        (pack_request("x" * 40, "ping", large), None),
+        (otherwise, None),
+    ):
+        await socket.send(request)
         async with asyncio.timeout(PATIENCE_S):
             answer = unpack(await socket.recv())
         assert answer["id"] == request_id

@@ -9,6 +9,7 @@ revoked in between. Layer 4.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ EVENTS = 1000  # events that wait in ZeroMQ for one subscriber
 REPLY_PATIENCE_S = 30.0  # how long a reply waits for a client that does not read
 RETRY_S, LONGEST_RETRY_S = 0.005, 0.5
 MOST_READ_REFUSED = 1 << 16  # bytes of a refused message that are read to echo its id
+_BEGINNING = re.compile(rb"[\x80-\x8f]\xa1v\x01\xa2id([\xa1-\xbf])")  # {v: 1, id: a short string, …}
 
 
 class Bridge:
@@ -198,10 +200,17 @@ def _revoked() -> KernelRefused:
 
 
 def _id_of(payload: bytes) -> str | int | None:
-    """Returns the id to echo in a refusal; of a large message none, since to read it costs too much."""
+    """Returns the id to echo in a refusal; to read all of a large message for it would cost too much."""
     if len(payload) > MOST_READ_REFUSED:
-        return None
+        return _id_at_the_beginning(payload)
     try:
         return parse_request(payload).id
     except Rejected as rejected:
         return rejected.id
+
+
+def _id_at_the_beginning(payload: bytes) -> str | None:
+    found = _BEGINNING.match(payload)
+    if found is None:
+        return None
+    return payload[found.end() : found.end() + (found[1][0] & 0x1F)].decode(errors="replace")
