@@ -681,6 +681,27 @@ async def test_folders_that_hang_hold_nobody_else_up(
         assert not stuck.is_set()  # no call waited for the folder
 
 
+ENDLESS = """
+import asyncio, os, threading, time
+from uvm.broker.threads import Threads
+
+async def main():
+    task = asyncio.create_task(Threads("folders", 1).run(lambda: time.sleep(600)))
+    while threading.active_count() == 1:
+        await asyncio.sleep(0)
+
+asyncio.run(main())
+os._exit(7)  # as the kernel ends
+"""
+
+
+async def test_a_folder_that_hangs_does_not_keep_the_kernel_from_ending() -> None:
+    ended = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", ENDLESS], cwd=PROJECT, check=False, timeout=20
+    )
+    assert ended.returncode == 7
+
+
 async def test_a_write_that_was_given_up_is_not_staged_later(
     world: World, monkeypatch: pytest.MonkeyPatch, stuck: threading.Event
 ) -> None:
