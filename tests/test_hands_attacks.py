@@ -33,7 +33,7 @@ from uvm.errors import (
 from uvm.hands import sandbox, zygote
 from uvm.hands.calls import Call, Outcome
 from uvm.hands.frames import LENGTH, pack
-from uvm.hands.pool import STOCK, HandPool
+from uvm.hands.pool import HandPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -353,7 +353,7 @@ async def test_a_layer_that_held_must_hold_again(monkeypatch: pytest.MonkeyPatch
     await pool.start()
     try:
         # What a zygote refuses when it is told to require what it can't have.
-        pool._limits = replace(pool._limits, required=("namespaces", "landlock"))
+        pool._stock.limits = replace(pool._stock.limits, required=("namespaces", "landlock"))
         monkeypatch.setattr(zygote, "_BOOT", f"{NO_NAMESPACES}; {zygote._BOOT}")
         workers = children(zygote_of(pool))
         os.kill(zygote_of(pool), signal.SIGKILL)
@@ -459,7 +459,7 @@ import asyncio, sys
 sys.path.insert(0, {root!r})
 from tests.garden import Garden
 from uvm.hands import sandbox, zygote
-from uvm.hands.pool import STOCK, HandPool
+from uvm.hands.pool import HandPool
 
 async def main():
     pool = HandPool(count=2, timeout_s=60.0, memory_mib=128)
@@ -486,14 +486,13 @@ async def test_nothing_outlives_a_kernel_that_is_killed() -> None:
 
 async def test_many_calls_leak_nothing(pool: HandPool, garden: Garden) -> None:
     zygote = zygote_of(pool)
-    spares = 2 + STOCK
-    await until(lambda: len(children(zygote)) == spares, "only the spares are there")
+    await until(lambda: len(children(zygote)) == pool.spares, "only the spares are there")
     before = len(os.listdir("/proc/self/fd"))
     calls = [garden.do(FINE if n % 10 else "def f(self):\n    return self.nothing") for n in range(200)]
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert sum(isinstance(outcome, MethodRaised) for outcome in outcomes) == 20
     assert {outcome.result for outcome in outcomes if isinstance(outcome, Outcome)} == {"fine"}
-    await until(lambda: len(children(zygote)) == spares, "only the spares are left")
+    await until(lambda: len(children(zygote)) == pool.spares, "only the spares are left")
     assert len(os.listdir("/proc/self/fd")) <= before
     assert not zombies(zygote)
 

@@ -1,7 +1,7 @@
 """The hands of the kernel: locked-down workers kept ready, one for each call, killed when over their limits.
 
 Kernel's side. A call waits for its turn, takes a worker that is ready, talks with it, and has it replaced.
-The zygote (`uvm.hands.worker`) makes the workers; when it dies, the next call starts another.
+The stock (`uvm.hands.stock`) has the workers made.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
@@ -37,11 +36,10 @@ from uvm.hands.conversation import Conversation
 from uvm.hands.frames import pack
 from uvm.hands.sandbox import Limits, tier
 from uvm.hands.seccomp import compile_filter
+from uvm.hands.stock import Stock
 from uvm.hands.zygote import Hand, HandGone, Zygote
 
 _READY_S = 30.0  # a worker that takes longer to lock itself down is given up
-STOCK = 12  # workers kept ready beside one for each call that may run at once
-_RENEW_S = 0.03  # a burst of calls is not slowed by the making of new workers before this is over
 
 # A frame's kind and payload -> the reply, at once or later; None for a last frame.
 Answer = Callable[[str, Any], bytes | Awaitable[bytes] | None]
@@ -63,7 +61,6 @@ class HandPool:
         layers: layer of the sandbox -> whether it held when it was tried out at the start.
         tier: what the layers are worth, A to C; see `uvm.hands.sandbox.tier`.
         kills: hands ended before they had answered.
-        restarts: zygotes started after the first.
     """
 
     def __init__(
@@ -80,19 +77,13 @@ class HandPool:
         self.layers: dict[str, bool] = {}
         self.tier = tier({})
         self.kills = 0
-        self.restarts = 0
-        self._count = count
         self._timeout_s = timeout_s
-        self._limits = Limits(memory_mib, _cpu_s(timeout_s), without=tuple(without))
-        self._output_bytes = output_bytes
+        limits = Limits(memory_mib, _cpu_s(timeout_s), without=tuple(without))
+        self._stock = Stock(count, limits, output_bytes)
         self._most_waiting = waiting
         self._allow_weak = allow_weak
         self._waiting = 0
         self._turns = asyncio.Semaphore(count)
-        self._spares: deque[Hand] = deque()
-        self._done: list[Hand] = []  # to be ended when their places are filled
-        self._renewal: asyncio.TimerHandle | None = None
-        self._zygote: Zygote | None = None
         self._bytecode = Bytecode()
         self._compiling: asyncio.Task[None] | None = None
 
@@ -106,20 +97,31 @@ class HandPool:
         """
         if not hasattr(os, "fork"):
             raise HomeError("hands are forked processes, and this platform has no os.fork")
-        self._limits = replace(self._limits, filter=compile_filter() or b"")
+        self._stock.limits = replace(self._stock.limits, filter=compile_filter() or b"")
         try:
-            self.layers = await self._examine(self._new_zygote())
+            self.layers = await self._examine(self._stock.start())
         except MethodError as error:
             await self.close()
             raise HomeError(f"no hand can be made here: {error}") from error
         self.tier = tier(self.layers)
         held = tuple(name for name, holds in self.layers.items() if holds)
-        self._limits = replace(self._limits, required=held)  # a later zygote has them all, or none works
+        # A later zygote has them all, or none works.
+        self._stock.limits = replace(self._stock.limits, required=held)
 
     @property
     def zygote_pid(self) -> int | None:
         """Process id of the process that makes the hands; None where there is none."""
-        return None if self._zygote is None else self._zygote.pid
+        return None if self._stock.zygote is None else self._stock.zygote.pid
+
+    @property
+    def restarts(self) -> int:
+        """Zygotes started after the first."""
+        return self._stock.restarts
+
+    @property
+    def spares(self) -> int:
+        """Workers that wait when all is quiet."""
+        return self._stock.most
 
     def require_walls(self) -> None:
         """Makes sure that generated code may run here.
@@ -127,7 +129,7 @@ class HandPool:
         Raises:
             SandboxTooWeak: there is no sandbox, and the Architect has not allowed to go without.
         """
-        if self._zygote is not None and self.tier == "C" and not self._allow_weak:
+        if self._stock.zygote is not None and self.tier == "C" and not self._allow_weak:
             raise SandboxTooWeak(
                 "generated code is not run: without seccomp, missing here, a hostile method could read "
                 "your files; BATOS_ALLOW_WEAK_SANDBOX=true runs it all the same",
@@ -196,10 +198,7 @@ class HandPool:
 
     async def close(self) -> None:
         """Ends every process; calls that are running end as ShuttingDown."""
-        zygote, self._zygote = self._zygote, None
-        self._forget_workers()
-        if zygote is not None:
-            await zygote.close()
+        await self._stock.close()
 
     async def _examine(self, zygote: Zygote) -> dict[str, bool]:
         """Returns which layers hold in a worker made to try them out."""
@@ -237,7 +236,7 @@ class HandPool:
 
     def _expect(self, expected: str, kind: str, what: str) -> None:
         if kind == "exhausted":
-            memory_mib = self._limits.memory_mib
+            memory_mib = self._stock.limits.memory_mib
             raise HandOutOfMemory(f"{what} needed more than {memory_mib} MiB", memory_mib=memory_mib)
         if kind != expected:
             raise MalformedMessage(f"'{kind:.40}' where '{expected}' was due")
@@ -258,9 +257,9 @@ class HandPool:
 
     async def _serve(self, what: str, job: bytes, answer: Answer, limit_s: float) -> tuple[str, Any, float]:
         """Returns kind and payload of a hand's last frame, and the seconds that it took."""
-        for _ in range(self._count + STOCK + 1):  # if all spares have died, a new worker serves
-            zygote = self._living_zygote()
-            hand = self._take(zygote)
+        for _ in range(self._stock.most + 1):  # if all spares have died, a new worker serves
+            zygote = self._stock.living()
+            hand = self._stock.take(zygote)
             try:
                 return await self._converse(zygote, hand, what, job, answer, limit_s)
             except HandGone as gone:
@@ -272,7 +271,7 @@ class HandPool:
                 zygote.end([hand])
                 raise
             finally:
-                self._retire(zygote, hand)
+                self._stock.retire(zygote, hand)
         raise HandDied(f"{what}: no worker lived long enough to begin")
 
     async def _converse(
@@ -308,72 +307,15 @@ class HandPool:
     def _obituary(self, what: str, limit_s: float, end: tuple[int, float] | None) -> BatosError:
         """Returns the error for a hand that ended with this exit status and these seconds of CPU time."""
         if end is None:
-            if self._zygote is None:
+            if self._stock.zygote is None:
                 return ShuttingDown(f"{what} was cut short: the hands are closing")
             return HandDied(f"{what} was cut short: the process that makes the hands died")
         status, cpu_s = end
-        most_s = self._limits.cpu_s
+        most_s = self._stock.limits.cpu_s
         if status == -signal.SIGXCPU or (status == -signal.SIGKILL and cpu_s >= most_s):
             return HandTimeout(f"{what} used more than {most_s} s of CPU time", timeout_s=limit_s)
         how = f"was killed by {_signal_name(-status)}" if status < 0 else f"left with status {status}"
         return HandDied(f"{what} {how} before it had answered", status=status)
-
-    def _living_zygote(self) -> Zygote:
-        if self._zygote is None:
-            raise ShuttingDown("the hands are closed")
-        if not self._zygote.alive:
-            self.restarts += 1
-            return self._new_zygote()
-        return self._zygote
-
-    def _new_zygote(self) -> Zygote:
-        self._forget_workers()
-        self._zygote = Zygote(self._limits, self._output_bytes)
-        self._renew()
-        return self._zygote
-
-    def _forget_workers(self) -> None:
-        if self._renewal is not None:
-            self._renewal.cancel()
-            self._renewal = None
-        for hand in (*self._spares, *self._done):
-            hand.close()
-        self._spares.clear()
-        self._done.clear()
-
-    def _take(self, zygote: Zygote) -> Hand:
-        while self._spares:
-            hand = self._spares.popleft()
-            hand.look()
-            if not hand.ended:
-                return hand
-            self._done.append(hand)
-        try:
-            return zygote.fork(1)[0]
-        except OSError as error:
-            raise QueueFull(f"no hand can be made now: {error}") from None
-
-    def _retire(self, zygote: Zygote, hand: Hand) -> None:
-        """Has a worker that served its call replaced: soon, or at once where there are few left."""
-        if zygote is not self._zygote:
-            hand.close()
-            return
-        self._done.append(hand)
-        if len(self._spares) < self._count:
-            self._renew()
-        elif self._renewal is None:
-            self._renewal = asyncio.get_running_loop().call_later(_RENEW_S, self._renew)
-
-    def _renew(self) -> None:
-        """Ends the workers that are done and has new ones made, in one turn of the zygote."""
-        if self._renewal is not None:
-            self._renewal.cancel()
-            self._renewal = None
-        if self._zygote is not None and self._zygote.alive:
-            self._zygote.end(self._done)
-            self._done.clear()
-            with suppress(OSError):  # no descriptor is left: the next call tries again
-                self._spares.extend(self._zygote.fork(self._count + STOCK - len(self._spares)))
 
 
 async def _off_the_clock(clock: asyncio.Timeout, reply: Awaitable[bytes]) -> bytes:
