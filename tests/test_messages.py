@@ -71,6 +71,8 @@ def test_wrong_fields_are_named(change: dict[str, Any], field: str) -> None:
         ({1: 2}, errors.MalformedMessage),
         ({"v": 1, "command": "ping"}, errors.InvalidField),
         ({"v": 1, "id": "x" * 65, "command": "ping"}, errors.InvalidField),
+        ({"v": 1, "id": 2**64, "command": "ping"}, errors.InvalidField),
+        ({"v": 1, "id": True, "command": "ping"}, errors.InvalidField),
         ({"v": 2, "id": "1", "command": "ping"}, errors.UnsupportedVersion),
         ({"v": True, "id": "1", "command": "ping"}, errors.UnsupportedVersion),
         ({"id": "1", "command": "ping"}, errors.UnsupportedVersion),

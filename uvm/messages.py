@@ -360,12 +360,20 @@ def parse_request(data: bytes) -> Request:
     if type(message) is not dict or not all(type(key) is str for key in message):
         raise Rejected(None, MalformedMessage("a message is a map with string keys"))
     request_id = message.pop("id", None)
-    if type(request_id) not in (str, int) or (type(request_id) is str and len(request_id) > 64):
-        raise Rejected(None, InvalidField("id: a string of up to 64 characters, or an int", field="id"))
+    if not _is_id(request_id):
+        raise Rejected(
+            None, InvalidField("id: a string of up to 64 characters, or an int of 64 bits", field="id")
+        )
     try:
         return Request.model_construct(id=request_id, command=_command(message))
     except BatosError as error:
         raise Rejected(request_id, error) from None
+
+
+def _is_id(value: Any) -> bool:
+    if type(value) is str:
+        return len(value) <= 64
+    return type(value) is int and -(2**63) <= value < 2**64
 
 
 def _command(message: dict[str, Any]) -> Command:
