@@ -1,13 +1,15 @@
-"""What several tests share: kernels of their own with personas that recite a script."""
+"""What several tests share: kernels of their own with personas that recite a script, and hands."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from evals.kernels import KernelProcess
+from uvm.hands.pool import HandPool
 
 PERSONAS = ("ALFRED", "BRICK", "ROBIN", "BABS")
 QUERIES = {"pattern": "short search queries", "reply": '{"queries": ["a method"], "sample_args": []}'}
@@ -57,3 +59,12 @@ def start_kernel(tmp_path: Path) -> Iterator[Start]:
     yield start
     for kernel in started:
         kernel.kill()
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def pool() -> AsyncIterator[HandPool]:
+    """Hands that a whole module shares."""
+    pool = HandPool(count=2, timeout_s=30.0, memory_mib=128)
+    await pool.start()
+    yield pool
+    await pool.close()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evals.fuzzing.frames import deep_in_extensions
 from uvm.codec import MAX_DEPTH, Ref, decode, encode, matches
 from uvm.errors import MalformedMessage, ValueNotStorable
 
@@ -159,14 +160,6 @@ def items(count: int, payload: bytes) -> bytes:
 
 COLLIDING = [n * (2**61 - 1) for n in range(2000)]  # all of them have the hash 0
 PAIRS = [(n, 0) for n in COLLIDING]  # and so do these among each other
-
-
-def deep_in_extensions(extensions: int, lists: int) -> bytes:
-    """Returns lists in extensions in lists …: unpacked each inside the other, they exhausted the stack."""
-    payload = b"\x01"
-    for _ in range(extensions):
-        payload = nested(b"\x91" * lists + payload, 3)
-    return b"\x91" + payload
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import AsyncIterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 from zoneinfo import available_timezones
 
 import pytest
-import pytest_asyncio
 
 from tests.garden import Garden
 from uvm.codec import Ref, encode
@@ -20,14 +18,6 @@ from uvm.hands.frames import pack
 from uvm.hands.pool import HandPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def pool() -> AsyncIterator[HandPool]:
-    pool = HandPool(count=2, timeout_s=30.0, memory_mib=128)
-    await pool.start()
-    yield pool
-    await pool.close()
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from evals.fuzzing.frames import deep_in_extensions
 from evals.kernels import PROJECT, KernelProcess
 from tests.conftest import Start, scripted, writes
-from tests.test_codec import deep_in_extensions
 from uvm import codec, errors
 from uvm.client import Kernel
 from uvm.codec import Ref

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
-import pytest_asyncio
 
 from tests.garden import Garden
 from tests.ordinary_methods import ORDINARY, Ordinary
@@ -13,14 +10,6 @@ from tests.test_codec import typed
 from uvm.hands.pool import HandPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def pool() -> AsyncIterator[HandPool]:
-    pool = HandPool(count=2, timeout_s=30.0, memory_mib=128)
-    await pool.start()
-    yield pool
-    await pool.close()
 
 
 async def test_there_are_sixty_at_least() -> None:

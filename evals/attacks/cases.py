@@ -23,24 +23,18 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """One attack.
-
-    Attributes:
-        body: lines of the method after the prologue.
-        control: whether it succeeds where no layer is in its way (a system may refuse it by itself).
-    """
+    """One attack; `body` is the lines of its method after the prologue."""
 
     name: str
     body: str
-    control: bool = True
 
     def source(self) -> str:
         """Returns the method `attack(self, scene)`."""
         return "def attack(self, scene):\n" + textwrap.indent(PROLOGUE + textwrap.dedent(self.body), "    ")
 
 
-def _attack(name: str, *lines: str, control: bool = True) -> Attack:
-    return Attack(name, "\n".join(lines) + "\n", control)
+def _attack(name: str, *lines: str) -> Attack:
+    return Attack(name, "\n".join(lines) + "\n")
 
 
 READING = (
@@ -104,7 +98,8 @@ NETWORK = (
         "return one.connect('\\0' + scene['abstract']) is None",
     ),
     _attack(
-        "make a raw socket", "return bool(socket.socket(socket.AF_INET, socket.SOCK_RAW, 1))", control=False
+        "make a raw socket",
+        "return bool(socket.socket(socket.AF_INET, socket.SOCK_RAW, 1))",
     ),
     _attack("make a socket pair", "return bool(socket.socketpair())"),
     _attack("ask netlink", "return bool(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))"),
@@ -155,31 +150,34 @@ PROCESSES = (
     _attack("pin to a processor", "return os.sched_setaffinity(0, os.sched_getaffinity(0)) is None"),
 )
 PRIVILEGES = (
-    _attack("become root", "os.setuid(0)", "return os.getuid() == 0", control=False),
+    _attack(
+        "become root",
+        "os.setuid(0)",
+        "return os.getuid() == 0",
+    ),
     _attack("make a user namespace", "return libc.unshare(0x10000000) == 0"),
     _attack(
         "mount",
         "return libc.mount(b'none', b'/mnt', b'tmpfs', 0, None) == 0 and libc.umount(b'/mnt') == 0",
-        control=False,
     ),
-    _attack("change the root", "return os.chroot('/') is None", control=False),
+    _attack(
+        "change the root",
+        "return os.chroot('/') is None",
+    ),
     _attack(
         "name the machine",
         "name = os.uname().nodename.encode()",
         "return libc.sethostname(name, len(name)) == 0",
-        control=False,
     ),
     _attack(
         "raise its limits",
         "most = resource.getrlimit(resource.RLIMIT_CPU)[1]",
         "resource.setrlimit(resource.RLIMIT_CPU, (most, -1))",
         "return most != -1 or True",
-        control=False,
     ),
     _attack(
         "take real time",
         "return os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)) is None",
-        control=False,
     ),
     _attack(
         "make code",
@@ -197,15 +195,14 @@ PRIVILEGES = (
     _attack(
         "trace the whole machine",
         "return libc.syscall(298, (ctypes.c_uint64 * 16)(), -1, 0, -1, 0) >= 0",
-        control=False,
     ),
     _attack(
         "load a BPF program",
         "return libc.syscall(321, 0, (ctypes.c_uint64 * 16)(4 << 32 | 2, 1 << 32 | 4), 128) >= 0",
-        control=False,
     ),
     _attack(
-        "use io_uring", "return libc.syscall(425, 4, ctypes.create_string_buffer(120)) >= 0", control=False
+        "use io_uring",
+        "return libc.syscall(425, 4, ctypes.create_string_buffer(120)) >= 0",
     ),
     _attack("use the key ring", "return libc.syscall(250, 0, -3, 1) > 0"),
     _attack(
@@ -213,7 +210,10 @@ PRIVILEGES = (
         "place = libc.shmget(0, 4096, 0o1600)",
         "return place >= 0 and libc.shmctl(place, 0, None) == 0",
     ),
-    _attack("handle faults", "return libc.syscall(323, 1) >= 0", control=False),
+    _attack(
+        "handle faults",
+        "return libc.syscall(323, 1) >= 0",
+    ),
     _attack("allow dumps of itself", "return libc.prctl(4, 1, 0, 0, 0) == 0"),
     _attack("outlive its parent", "return libc.prctl(1, 0, 0, 0, 0) == 0"),
 )

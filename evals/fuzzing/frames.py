@@ -68,17 +68,17 @@ _ODD: list[Any] = [
 ]  # fmt: skip
 
 
-def _deep_in_extensions() -> bytes:
-    """Returns lists in extensions in lists …, 54 KB of them."""
+def deep_in_extensions(extensions: int, lists: int) -> bytes:
+    """Returns lists in extensions in lists …: unpacked each inside the other, they exhausted the stack."""
     payload = b"\x01"
-    for _ in range(60):
-        payload = b"\x91" * 900 + payload
+    for _ in range(extensions):
+        payload = b"\x91" * lists + payload
         payload = b"\xc9" + len(payload).to_bytes(4, "big") + b"\x03" + payload
-    return payload
+    return b"\x91" + payload
 
 
 _BOMBS = [
-    _deep_in_extensions(),
+    deep_in_extensions(60, 900),
     b"\x91" * 3000,
     b"\x91" + b"\xc8\x03\xe8\x03" * 60,
     b"\xdd\xff\xff\xff\xff",
