@@ -486,6 +486,8 @@ async def test_nothing_outlives_a_kernel_that_is_killed() -> None:
 
 async def test_many_calls_leak_nothing(pool: HandPool, garden: Garden) -> None:
     zygote = zygote_of(pool)
+    stock = pool._stock
+    await until(lambda: len(stock._spares) == pool.spares and not stock._done, "all spares are there")
     await until(lambda: len(children(zygote)) == pool.spares, "only the spares are there")
     before = len(os.listdir("/proc/self/fd"))
     calls = [garden.do(FINE if n % 10 else "def f(self):\n    return self.nothing") for n in range(200)]
@@ -493,7 +495,7 @@ async def test_many_calls_leak_nothing(pool: HandPool, garden: Garden) -> None:
     assert sum(isinstance(outcome, MethodRaised) for outcome in outcomes) == 20
     assert {outcome.result for outcome in outcomes if isinstance(outcome, Outcome)} == {"fine"}
     await until(lambda: len(children(zygote)) == pool.spares, "only the spares are left")
-    assert len(os.listdir("/proc/self/fd")) <= before
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= before, "no descriptor is left over")
     assert not zombies(zygote)
 
 
