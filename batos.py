@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The kernel: wires the organs, keeps their lifecycle, and answers commands.
+"""The kernel: wires the organs and keeps their lifecycle.
 
 Alone in knowing everybody; builds from the image upwards to the bridge and closes in the opposite order.
 The heavy libraries are imported by the organs when they are first needed, so the kernel is live at once.
@@ -25,10 +25,11 @@ from uvm import messages as m
 from uvm.awakening import CATALOG, ROOT, awaken
 from uvm.bridge import Bridge
 from uvm.broker.broker import Broker
-from uvm.errors import DoesNotUnderstand, HomeError, ShuttingDown
+from uvm.commands import Commands
+from uvm.errors import HomeError, ShuttingDown
 from uvm.granting import Granting
 from uvm.hands.pool import HandPool
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.keys import ensure_keys
 from uvm.lanes import Lane
 from uvm.listening import reaches_beyond
@@ -48,7 +49,6 @@ CODE = ("uvm", "terminal", "codex", "evals", "bench", "tests", "docs", ".git", "
 EXIT_CANNOT_START = 2
 GRACE_S = 3.0
 MAX_DESCRIPTORS = 65_536
-USER = "architect"
 
 
 def say(line: str) -> None:
@@ -65,34 +65,6 @@ class Kernel:
         self._stop = asyncio.Event()
         self._message_lane = Lane("messages", settings.HAND_COUNT, settings.QUEUE_LIMIT)
         self._mission_lane = Lane("missions", settings.WORKER_COUNT, settings.QUEUE_LIMIT)
-        self._handlers: dict[str, Callable[[Any], Awaitable[Any]]] = {
-            # control traffic, never behind work
-            "ping": self._ping,
-            "status": self._status,
-            "shutdown": self._shutdown,
-            "missions": lambda c: self._missions.newest(c.state, c.limit),
-            "mission": lambda c: self._missions.record(c.mission_id),
-            "cancel_mission": lambda c: self._missions.cancel(c.mission_id),
-            "revoke": lambda c: self._granting.revoke(c.target_oid, c.slot),  # not behind those it is to stop
-            "grants": lambda c: self._granting.listed(c.target_oid),
-            # work that queues in its own lanes
-            "initiate_cognitive_cycle": self._initiate_cognitive_cycle,
-            "send_message": self._send_message,
-            # work on the image
-            "inspect": self._queued(lambda c: self._objects.inspect(c.target_oid, c.as_of)),
-            "list_objects": self._queued(lambda c: self._objects.listed(c.prefix, c.limit, c.after, c.as_of)),
-            "create_object": self._queued(lambda c: self._objects.create(c.name, c.parents, c.slots)),
-            "set_slot": self._queued(lambda c: self._objects.set_slot(c.target_oid, c.slot, c.value)),
-            "delete_slot": self._queued(lambda c: self._objects.delete_slot(c.target_oid, c.slot)),
-            "method_history": self._queued(lambda c: self._objects.method_history(c.target_oid, c.selector)),
-            "revert_method": self._queued(
-                lambda c: self._objects.revert_method(c.target_oid, c.selector, c.version)
-            ),
-            "undo": self._queued(lambda c: self._objects.undo(c.transaction_id)),
-            "grant": self._queued(lambda c: self._granting.grant(c.target_oid, c.slot, c.options)),
-            "remember": self._queued(self._remember),
-            "recall": self._queued(self._recall),
-        }
 
     # Lifecycle
 
@@ -194,15 +166,14 @@ class Kernel:
             default_persona=settings.DEFAULT_PERSONA_MODEL,
             protected=_protected(settings),
         )
-        self._granting = Granting(self._image, broker.settled)
-        self._messenger = Messenger(self._hands, broker)
+        messenger = Messenger(self._hands, broker)
         psm = PrototypalStateMachine(
             image=self._image,
             mind=self._mind,
             memory=self._memory,
             catalog=CATALOG,
             hands=self._hands,
-            messenger=self._messenger,
+            messenger=messenger,
             log=self._log,
             covenants=(CODEX / "covenants.md").read_text(encoding="utf-8"),
             max_attempts=settings.MAX_SYNTHESIS_ATTEMPTS,
@@ -210,7 +181,19 @@ class Kernel:
             default_persona=settings.DEFAULT_PERSONA_MODEL,
         )
         self._missions = Missions(self._image, psm, self._mission_lane, self._fault)
-        self._objects = Objects(self._image, ROOT)
+        self._commands = Commands(
+            image=self._image,
+            messenger=messenger,
+            missions=self._missions,
+            objects=Objects(self._image, ROOT),
+            granting=Granting(self._image, broker.settled),
+            memory=self._memory,
+            catalog=CATALOG,
+            log=self._log,
+            lane=self._message_lane,
+            max_miss_depth=settings.MAX_MISS_DEPTH,
+            control={"ping": self._ping, "status": self._status, "shutdown": self._shutdown},
+        )
         self._bridge = Bridge(
             endpoint=settings.ZMQ_ENDPOINT,
             events_endpoint=settings.ZMQ_EVENTS_ENDPOINT,
@@ -233,87 +216,12 @@ class Kernel:
             return
         traceback.print_exception(error, file=sys.stderr)
 
-    # Commands
+    # Commands about the kernel itself
 
     async def _handle(self, command: m.Command) -> Any:
         if self._stop.is_set():
             raise ShuttingDown("the kernel is shutting down")
-        return await self._handlers[command.command](command)
-
-    def _queued(self, handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
-        """Returns `handler` behind the bounded queue of messages."""
-
-        async def in_lane(command: Any) -> Any:
-            self._message_lane.admit()
-            async with self._message_lane.place():
-                return await handler(command)
-
-        return in_lane
-
-    async def _send_message(self, command: m.SendMessage) -> Any:
-        deliver = self._queued(self._deliver)
-        learned = 0
-        while True:
-            try:
-                return await deliver(command)
-            except DoesNotUnderstand as miss:
-                may_learn = command.on_missing == "create" and command.as_of is None
-                if not may_learn or learned == self._settings.MAX_MISS_DEPTH:
-                    raise
-                await self._doesNotUnderstand_(miss)
-                learned += 1
-
-    async def _doesNotUnderstand_(self, miss: DoesNotUnderstand) -> None:  # noqa: N802 (Smalltalk's name)
-        """The creative mandate: what is not understood is learned."""
-        await self._missions.learn(miss)
-
-    async def _deliver(self, command: m.SendMessage) -> Any:
-        async def unit(txn: Txn) -> Any:
-            target = txn.find(command.target_oid)
-            result, outcome = await self._messenger.send(
-                txn, target, command.selector, command.args, command.kwargs
-            )
-            if outcome is not None and outcome.discarded:
-                await self._log.record(
-                    "discarded", target=target.oid, selector=command.selector, slots=outcome.discarded
-                )
-            return result
-
-        if command.as_of is not None:
-            async with self._image.reading(command.as_of) as txn:
-                return await unit(txn)
-        note = f"send_message {command.target_oid} {command.selector}"
-        return await self._image.attempt(note, unit, user=USER)
-
-    async def _initiate_cognitive_cycle(self, command: m.InitiateCognitiveCycle) -> Any:
-        brief = command.mission_brief
-        async with self._image.reading() as txn:
-            target = txn.find(command.target_oid).oid
-        mission_id = await self._missions.begin(target, brief, USER)
-        if not command.wait:
-            return {"mission_id": mission_id, "state": "queued"}
-        outcome = await self._missions.outcome(mission_id)
-        call = brief.call()
-        if call is None or brief.type == "task":
-            return outcome
-        message = m.SendMessage(
-            command="send_message", target_oid=target, selector=brief.selector, args=call[0], kwargs=call[1]
-        )
-        return {**outcome, "result": await self._send_message(message)}
-
-    async def _remember(self, command: m.Remember) -> Any:
-        vectors = await self._memory.embed([command.text])
-
-        def unit(txn: Txn) -> int:
-            catalog = txn.find(CATALOG)
-            return self._memory.add(catalog, command.text, vectors[0], kind="document", source=command.source)
-
-        return await self._image.attempt("remember", unit, user=USER)
-
-    async def _recall(self, command: m.Recall) -> Any:
-        async with self._image.reading() as txn:
-            hits = await self._memory.search(txn.find(CATALOG), [command.query], k=command.k, minimum=0.0)
-        return [hit.record() for hit in hits]
+        return await self._commands.handle(command)
 
     async def _ping(self, _: m.Ping) -> Any:
         return {"pid": os.getpid(), "uptime_s": round(time.monotonic() - self._started, 3)}

@@ -18,6 +18,7 @@ LAYERS = [
     {"uvm.psm"},
     {"uvm.missions", "uvm.objects", "uvm.awakening"},
     {"uvm.granting"},
+    {"uvm.commands"},
     {"uvm.admission", "uvm.listening"},
     {"uvm.publisher"},
     {"uvm.bridge"},
