@@ -12,7 +12,8 @@ import base64
 import datetime as dt
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -47,18 +48,22 @@ T = TypeVar("T")
 OnCommit = Callable[[str, str, str], Awaitable[None]]
 
 
-async def blocking(work: Callable[[], T]) -> T:
+async def blocking(work: Callable[[], T], thread: Executor) -> T:
     """Runs `work` in a thread; a cancelled caller still waits for its end before it is cancelled.
 
     A commit must not go on behind the back of whoever closes its connection.
     """
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        with suppress(Exception):
-            await task
-        raise
+    done = asyncio.get_running_loop().run_in_executor(thread, work)
+    cancelled = None
+    while not done.done():
+        try:
+            await asyncio.wait((done,))
+        except asyncio.CancelledError as error:  # however often
+            cancelled = error
+    if cancelled is not None:
+        done.exception()  # nobody else will look
+        raise cancelled
+    return done.result()
 
 
 @contextmanager
@@ -208,7 +213,7 @@ class LivingImage:
         self._blob_dir = blob_dir
         self._on_commit = on_commit
         self._db: Any = None
-        self._commit_lock = asyncio.Lock()
+        self._committer = ThreadPoolExecutor(1, "commits")  # one at a time, as FileStorage has it
 
     @classmethod
     def in_memory(cls) -> LivingImage:
@@ -267,6 +272,7 @@ class LivingImage:
     def close(self) -> None:
         """Closes the database; safe to call twice."""
         if self._db is not None:
+            self._committer.shutdown()
             self._db.close()
             self._db = None
 
@@ -303,16 +309,19 @@ class LivingImage:
             return
         note, user = manager.get().description, manager.get().user
         try:
-            async with self._commit_lock:  # FileStorage commits one at a time anyway; this makes the tid ours
-                before = self.last_transaction()
-                try:
-                    await blocking(manager.commit)
-                finally:  # a companion that fails last, or a cancelled caller, undoes nothing
-                    after = self.last_transaction()
-                    txn.tid = after if after != before else ""  # the same: companions alone had something
+            await blocking(lambda: self._commit_now(manager, txn), self._committer)
         finally:
             if txn.tid and self._on_commit is not None:
                 await self._on_commit(txn.tid, note, user)
+
+    def _commit_now(self, manager: TransactionManager, txn: Txn) -> None:
+        """Commits, in the one thread that does; so the newest transaction afterwards is this one."""
+        before = self.last_transaction()
+        try:
+            manager.commit()
+        finally:  # a companion that fails last undoes nothing
+            after = self.last_transaction()
+            txn.tid = after if after != before else ""  # the same: companions alone had something
 
     @asynccontextmanager
     async def reading(self, as_of: dt.datetime | str | None = None) -> AsyncIterator[Txn]:
