@@ -113,6 +113,8 @@ class Kernel:
         closing.append(self._mind.close)
         if await awaken(self._image):
             say("Prototypal awakening: the primordial objects are born")
+        for line in await self._broker.finish_moves():
+            say(f"Files of a commit that was cut short: {line}")
         _admit_many_connections()
         for line in ensure_keys(settings.KEYS_DIR):
             say(line)
@@ -157,13 +159,14 @@ class Kernel:
             on_event=self._log.record,
         )
         self._memory = FractalMemory(_embedder(settings))
-        broker = Broker(
+        self._broker = broker = Broker(
             image=self._image,
             mind=self._mind,
             memory=self._memory,
             catalog=CATALOG,
             log=self._log,
             default_persona=settings.DEFAULT_PERSONA_MODEL,
+            moves_dir=settings.HOME / "run" / "moves",
             protected=_protected(settings),
         )
         messenger = Messenger(self._hands, broker)

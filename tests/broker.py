@@ -50,6 +50,7 @@ class World:
             catalog=CATALOG,
             log=self.log,
             default_persona="ROBIN",
+            moves_dir=home / "bat" / "moves",
             protected=(home / "bat",),
         )
         self.granting = Granting(self.image, self.broker.settled)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import socket
 import subprocess
@@ -594,6 +595,7 @@ async def test_a_narrower_grant_counts_at_once(world: World) -> None:
 
 KILLED = """
 import asyncio, os, sys
+from ZODB.FileStorage import FileStorage
 from pathlib import Path
 from tests.broker import World
 
@@ -601,10 +603,14 @@ async def main():
     world = World(Path(sys.argv[1]))
     await world.start()
     await world.grant_files()
+    (world.folder / "old").write_text("old")
+    (world.folder / "gone").write_text("gone")
     os.rename = lambda *_, **__: os._exit(9)  # the power goes after the image's commit
     async with world.image.transaction("t") as txn:
         call = world.call(txn)
         await call.files("write_text", "a", "a")
+        await call.files("write_text", "old", "new")
+        await call.files("delete", "gone")
         call.uses.keep()
         txn.find("genesis_obj").count = 1
 
@@ -612,23 +618,99 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.slow
-async def test_what_a_kill_left_is_swept_and_what_is_in_use_is_not(tmp_path: Path) -> None:
+async def _cut_short(home: Path, script: str) -> World:
+    """Returns the world after a kernel that ran `script` and was gone at once."""
     killed = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", KILLED, str(tmp_path)], cwd=PROJECT, check=False
+        subprocess.run, [sys.executable, "-c", script, str(home)], cwd=PROJECT, check=False
     )
     assert killed.returncode == 9
-    [left] = os.listdir(tmp_path / "granted")
-    assert left.startswith(folder.TEMPORARY)
-    world = World(tmp_path)
+    world = World(home)
     await world.start()
+    return world
+
+
+def _temporary(world: World) -> list[str]:
+    return [name for name in world.names() if name.startswith(folder.TEMPORARY)]
+
+
+@pytest.mark.slow
+async def test_what_was_committed_is_put_in_its_place_after_a_power_cut(tmp_path: Path) -> None:
+    world = await _cut_short(tmp_path, KILLED)
     try:
         async with world.image.reading() as txn:
             assert txn.find(HOLDER).count == 1
-        assert await world.once("files", "list") == []
-        assert world.names() == []
+        assert world.names() == [*_temporary(world), "gone", "old"]
+        assert await world.once("files", "list") == ["gone", "old"]  # and does not sweep what is waited for
+        told = await world.broker.finish_moves()
+        assert [line.partition(" ")[0].rpartition("/")[2] for line in told] == ["a", "gone", "old"]
+        assert (world.names(), world.text("a"), world.text("old")) == (["a", "old"], "a", "new")
+        assert await world.broker.finish_moves() == []
     finally:
         await world.close()
+
+
+@pytest.mark.slow
+async def test_what_was_not_committed_is_swept_after_a_power_cut(tmp_path: Path) -> None:
+    world = await _cut_short(tmp_path, KILLED.replace("os.rename = ", "FileStorage._finish = "))
+    try:
+        async with world.image.reading() as txn:
+            assert "count" not in txn.find(HOLDER).data()
+        assert len(_temporary(world)) == 2
+        assert await world.broker.finish_moves() == []
+        assert await world.once("files", "list") == ["gone", "old"]
+        assert (world.names(), world.text("old")) == (["gone", "old"], "old")
+    finally:
+        await world.close()
+
+
+@pytest.mark.slow
+async def test_what_somebody_changed_after_the_power_cut_is_left_as_it_is(tmp_path: Path) -> None:
+    world = await _cut_short(tmp_path, KILLED)
+    try:
+        (world.folder / "old").write_text("mine")
+        (world.folder / "gone").write_text("back again")
+        told = await world.broker.finish_moves()
+        assert sum("changed by somebody else" in line for line in told) == 2
+        await world.once("files", "list")
+        assert (world.text("old"), world.text("gone"), world.names()) == (
+            "mine",
+            "back again",
+            ["a", "gone", "old"],
+        )
+    finally:
+        await world.close()
+
+
+@pytest.mark.slow
+async def test_a_folder_that_is_away_is_waited_for(tmp_path: Path) -> None:
+    world = await _cut_short(tmp_path, KILLED)
+    try:
+        world.folder.rename(tmp_path / "away")
+        [line, *_] = await world.broker.finish_moves()
+        assert "still can't be written: the folder granted is no longer where it was" in line
+        (tmp_path / "away").rename(world.folder)
+        assert len(await world.broker.finish_moves()) == 3
+        assert world.text("a") == "a"
+    finally:
+        await world.close()
+
+
+async def test_what_is_no_entry_of_the_moves_log_is_removed(world: World) -> None:
+    moves = world.home / "bat" / "moves"
+    moves.mkdir()
+    entry = {"token": "00", "since": "0" * 16, "moves": []}
+    out = {"root": str(world.folder), "parts": [".."], "temporary": None, "target": [0, 0, 0, 0]}
+    for name, content in {
+        "00.json": {**entry, "moves": [out]},
+        "01.json": entry,
+        "02.json": [],
+        "03.half": {**entry, "token": "03"},
+        "04.json": {**entry, "token": "04", "moves": [{**out, "parts": ["a"], "temporary": "a"}]},
+    }.items():
+        (moves / name).write_text(json.dumps(content))
+    (moves / "05.json").write_bytes(b"\xff{")
+    assert await world.broker.finish_moves() == []
+    assert list(moves.iterdir()) == []
 
 
 async def test_only_our_own_leftovers_are_swept(world: World) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from uvm.broker import folder, staging, web
-from uvm.broker.files import Attempt, Files, Granted
+from uvm.broker.files import MOVES, Attempt, Files, Granted
+from uvm.broker.moves import Entry, MovesLog
 from uvm.broker.threads import Threads
 from uvm.capabilities import KINDS, Verb
 from uvm.errors import (
@@ -67,6 +68,7 @@ class Broker:
         catalog: str,
         log: MetacognitionLog,
         default_persona: str,
+        moves_dir: Path,
         protected: tuple[Path, ...] = (),
     ) -> None:
         self.image = image
@@ -76,6 +78,7 @@ class Broker:
         self._catalog = catalog
         self._default_persona = default_persona
         self._protected = protected
+        self.moves = MovesLog(moves_dir)
         self._swept: set[str] = set()
         self._disk = Threads("folders", MAX_THREADS)
         self._resolve = web.resolver(Threads("names", MAX_THREADS))
@@ -90,6 +93,14 @@ class Broker:
     def open(self, txn: Txn, selector: str) -> Uses:
         """Returns what carries out the uses of one call in `txn`."""
         return Uses(self, txn, selector)
+
+    async def finish_moves(self) -> list[str]:
+        """Does what was committed but not yet done in granted folders; returns lines that tell of it."""
+
+        def committed(entry: Entry) -> bool:
+            return self.image.carries(MOVES, entry.token, since=entry.since)
+
+        return await self._disk.run(lambda: self.moves.finish(committed))
 
     async def settled(self, options: dict[str, Any]) -> dict[str, Any]:
         """Returns the options of a new grant as they are kept: a folder without links in its path.
@@ -120,7 +131,7 @@ class Broker:
             raise FileNotFoundError("the folder granted is no longer where it was")
         if options["write"] and root not in self._swept:
             with folder.opened(root) as descriptor:
-                staging.sweep(descriptor)
+                staging.sweep(descriptor, self.moves.waiting())
             self._swept.add(root)
         granted = Granted(root, options["max_bytes"], options["write"], use.holds)
         return attempt.carry_out(granted, use.verb.name, dict(use.values))
@@ -215,7 +226,7 @@ class Uses:
     def __init__(self, broker: Broker, txn: Txn, selector: str) -> None:
         self.broker = broker
         self.txn = txn
-        self.files = Files(txn)
+        self.files = Files(txn, broker.moves)
         self._selector = selector
         self._left_s = MAX_WAIT_S
         self._made: Counter[str] = Counter()

@@ -14,9 +14,11 @@ from typing import Any
 
 from uvm.broker import folder
 from uvm.broker.folder import Parts, Signature
-from uvm.broker.staging import MISSING, Change, Place, StagedFiles
+from uvm.broker.moves import MISSING, MovesLog
+from uvm.broker.staging import Change, Place, StagedFiles
 from uvm.image.image import Txn
 
+MOVES = "moves"  # what a transaction of the image carries the token of its moves as
 MAX_STAGED_FILES = 64  # of one call
 MAX_STAGED_BYTES = 16 << 20  # of one call
 
@@ -48,10 +50,12 @@ class Files:
 
     Args:
         txn: the transaction that the call runs in.
+        moves: told of what a commit is to do on the disk.
     """
 
-    def __init__(self, txn: Txn) -> None:
+    def __init__(self, txn: Txn, moves: MovesLog) -> None:
         self._txn = txn
+        self._moves = moves
         self._changes: dict[str, Change] = {}
         self._read: dict[str, Signature] = {}
 
@@ -61,7 +65,9 @@ class Files:
             return
         staged = self._txn.companion(StagedFiles)
         if staged is None:
-            self._txn.join(StagedFiles(dict(self._changes)))
+            staged = StagedFiles(dict(self._changes), self._moves, self._txn.newest)
+            self._txn.mark(MOVES, staged.token)
+            self._txn.join(staged)
         else:
             staged.changes.update(self._changes)
 

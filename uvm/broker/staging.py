@@ -1,7 +1,8 @@
 """What a transaction writes into granted folders: nothing touches the disk before the transaction commits.
 
 A resource manager of the `transaction` package. Voting writes temporary files and brings them to the disk,
-finishing renames them, after the image has committed; aborting removes them. Imports `folder` and the errors.
+with an entry of the moves log; finishing renames them, after the image has committed; aborting removes them.
+Imports `folder`, `moves` and the errors.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from ZODB.POSException import ConflictError
 
 from uvm.broker import folder
 from uvm.broker.folder import Parts, Signature
+from uvm.broker.moves import MISSING, Entry, Move, MovesLog, settle
 from uvm.errors import FilesNotWritten
 
 _LAST = "\U0010ffff"  # sorts after every storage: the image commits before files appear
-MISSING: Signature = (0, 0, 0, 0)  # of a file that is not there
 if sys.platform != "win32":  # there are no hands there, and so no grants
     import fcntl
 
@@ -60,23 +61,35 @@ class Change:
 
 @dataclass(slots=True)
 class _Ready:
-    """A change that only needs to be made visible: `temporary` in `root` becomes `name` in `parent`."""
+    """A change that only needs to be made visible: `temporary` in `root` becomes the file in `parent`."""
 
     change: Change
     root: int
     parent: int
     temporary: str | None
+    target: Signature
+
+    def move(self) -> Move:
+        return Move(self.change.place.root, self.change.place.parts, self.temporary, self.target)
 
 
 class StagedFiles:
     """The changes of one transaction.
 
+    Args:
+        log: told of the moves before the image commits.
+        since: id of the newest transaction of the image.
+
     Attributes:
         changes: by path on the disk.
+        token: of the entry in the log; the transaction carries it.
     """
 
-    def __init__(self, changes: dict[str, Change]) -> None:
+    def __init__(self, changes: dict[str, Change], log: MovesLog, since: str) -> None:
         self.changes = changes
+        self.token = secrets.token_hex(16)
+        self._log = log
+        self._since = since
         self._ready: list[_Ready] = []
         self._held = ExitStack()  # the descriptors between voting and the end
 
@@ -107,6 +120,10 @@ class StagedFiles:
                 self._ready.append(self._prepare(change))
             except OSError as error:
                 raise _not_written(change, error, committed=False) from error
+        try:
+            self._log.write(Entry(self.token, self._since, tuple(ready.move() for ready in self._ready)))
+        except OSError as error:
+            raise _not_written(change, error, committed=False) from error
 
     def tpc_finish(self, _: Any) -> None:
         """Makes everything visible.
@@ -117,19 +134,22 @@ class StagedFiles:
         failed = None
         for ready in self._ready:
             try:
-                _finish(ready)
+                settle(ready.root, ready.parent, ready.change.place.parts[-1], ready.temporary)
             except OSError as error:
                 failed = failed or _not_written(ready.change, error, committed=True)
         self._ready.clear()
         self._held.close()
         if failed is not None:
             raise failed
+        self._log.forget(self.token)
 
     def tpc_abort(self, _: Any) -> None:
         """Removes whatever was written."""
         for ready in self._ready:
             if ready.temporary is not None:
                 _discard(ready.temporary, ready.root)
+        if self._ready:
+            self._log.forget(self.token)
         self._ready.clear()
         self._held.close()
 
@@ -142,14 +162,15 @@ class StagedFiles:
     def _prepare(self, change: Change) -> _Ready:
         root = self._held.enter_context(folder.opened(change.place.root))
         parent = self._held.enter_context(folder.parent_of(root, change.place.parts))
-        sweep(root)
+        sweep(root, self._log.waiting())
         now = folder.found(parent, change.place.parts)
-        if change.before not in (None, MISSING if now is None else folder.signature(now)):
+        target = MISSING if now is None else folder.signature(now)
+        if change.before not in (None, target):
             raise ConflictError(f"{_told(change)} was changed by somebody else")
         if change.content is None:
-            return _Ready(change, root, parent, None)
+            return _Ready(change, root, parent, None, target)
         name, file = self._temporary(root)
-        ready = _Ready(change, root, parent, name)
+        ready = _Ready(change, root, parent, name, target)
         try:
             _fill(file, change.content, now)
         except BaseException:
@@ -184,10 +205,10 @@ class _Savepoint:
         self._staged.changes = dict(self._changes)
 
 
-def sweep(root: int) -> None:
+def sweep(root: int, kept: frozenset[str]) -> None:
     """Removes what a kernel that was killed left half-written in a folder, given by its descriptor."""
     for name in os.listdir(root):
-        if folder.LEFTOVER.fullmatch(name):
+        if folder.LEFTOVER.fullmatch(name) and name not in kept:
             with contextlib.suppress(OSError), ExitStack() as stack:
                 file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=root)
                 stack.callback(os.close, file)
@@ -213,22 +234,9 @@ def _fill(file: int, content: bytes, before: os.stat_result | None) -> None:
     os.fsync(file)
 
 
-def _finish(ready: _Ready) -> None:
-    name = ready.change.place.parts[-1]
-    if ready.temporary is None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=ready.parent)
-    else:
-        os.rename(ready.temporary, name, src_dir_fd=ready.root, dst_dir_fd=ready.parent)
-    with ExitStack() as stack:
-        listed = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=ready.parent)
-        stack.callback(os.close, listed)
-        os.fsync(listed)
-
-
 def _not_written(change: Change, error: OSError, *, committed: bool) -> FilesNotWritten:
     reason = error.strerror or str(error)
-    after = "; the image has committed" if committed else ""
+    after = "; the image has committed, and the next start tries it again" if committed else ""
     return FilesNotWritten(f"{_told(change)} was not written: {reason}{after}", committed=committed)
 
 

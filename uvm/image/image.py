@@ -93,6 +93,11 @@ class Txn:
         self.tid = ""
 
     @property
+    def newest(self) -> str:
+        """16-digit hex id of the newest transaction of the storage, in this view or not."""
+        return str(self._connection.db().lastTransaction().hex())
+
+    @property
     def root(self) -> PersistentMapping:
         """The root of the database: `names`, `missions`, `open_missions`, `schema`."""
         return self._connection.root()
@@ -189,6 +194,10 @@ class Txn:
     def join(self, resource: Any) -> None:
         """Lets a resource manager of the `transaction` package take part in the two-phase commit."""
         self._manager.get().join(resource)
+
+    def mark(self, name: str, value: str) -> None:
+        """Lets the transaction carry a value beside its note, for `LivingImage.carries`."""
+        self._manager.get().setExtendedInfo(name, value)
 
     def doom(self) -> None:
         """Makes sure that this transaction can only end by aborting."""
@@ -375,6 +384,11 @@ class LivingImage:
     def last_transaction(self) -> str:
         """Returns the 16-digit hex id of the newest transaction."""
         return str(self._db.lastTransaction().hex())
+
+    def carries(self, name: str, value: str, *, since: str) -> bool:
+        """Returns whether a transaction from `since` on was marked with this value. Blocking."""
+        units = self._db.storage.iterator(bytes.fromhex(since))  # to its end, or it would leave a file open
+        return value in {unit.extension.get(name) for unit in units}
 
     def size(self) -> int:
         """Returns the size of the database in bytes, without blobs."""
