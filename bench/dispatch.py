@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ async def _measure(kernel: Kernel, echo: _Echo, bare_file: Path) -> list[Figure]
 
     timed: dict[str, list[float]] = defaultdict(list)
     rates: list[float] = []
-    with _BareImage(bare_file) as bare:
+    with BareImage(bare_file) as bare:
         for _ in range(ROUNDS):
             timed["read"] += await _times(read, MESSAGES)
             timed["echo"] += await _times(echo.round_trip, MESSAGES)
@@ -95,7 +95,7 @@ async def _measure(kernel: Kernel, echo: _Echo, bare_file: Path) -> list[Figure]
             timed["paced echo"] += await _times(echo.round_trip, PACED, PAUSE_S)
             timed["write"] += await _times(write, MESSAGES // 3)
             timed["commit"] += await _times(bare.commit, MESSAGES // 3)
-            rates.append(await _rate(read, MESSAGES, CLIENTS))
+            rates.append(await rate([read] * CLIENTS, MESSAGES))
     p50 = {name: percentile(times, 50) * 1000 for name, times in timed.items()}
     p95 = {name: percentile(times, 95) * 1000 for name, times in timed.items()}
 
@@ -112,7 +112,7 @@ async def _measure(kernel: Kernel, echo: _Echo, bare_file: Path) -> list[Figure]
     ]
 
 
-async def _times(work: Callable[[], Awaitable[None]], count: int, pause_s: float = 0.0) -> list[float]:
+async def _times(work: Callable[[], Awaitable[object]], count: int, pause_s: float = 0.0) -> list[float]:
     times = []
     for _ in range(count):
         if pause_s:
@@ -123,9 +123,10 @@ async def _times(work: Callable[[], Awaitable[None]], count: int, pause_s: float
     return times
 
 
-async def _rate(work: Callable[[], Awaitable[None]], count: int, clients: int) -> float:
+async def rate(clients: Sequence[Callable[[], Awaitable[object]]], count: int) -> float:
+    """Returns how many times a second clients do their work, all at once, `count` times in all."""
     started = time.perf_counter()
-    await asyncio.gather(*(_times(work, count // clients) for _ in range(clients)))
+    await asyncio.gather(*(_times(work, count // len(clients)) for work in clients))
     return count / (time.perf_counter() - started)
 
 
@@ -154,13 +155,13 @@ class _Echo:
         await self._socket.recv()
 
 
-class _BareImage:
+class BareImage:
     """The raw limit of a mutating message: one attribute changed and committed by ZODB alone."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def __enter__(self) -> _BareImage:
+    def __enter__(self) -> BareImage:
         self._db = DB(FileStorage(str(self._path)))
         self._manager = transaction.TransactionManager(explicit=True)
         self._connection = self._db.open(self._manager)
