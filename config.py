@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     METACOGNITION_LOG_FILE: Path = Path("metacognition.jsonl")
     """Every thought, one JSON object a line."""
     METACOGNITION_LOG_MAX_MIB: int = Field(default=512, ge=0)
-    """A log larger than this at the start, in MiB, gets a name with the time, and a new one begins; 0: never."""
+    """MiB; at the start a larger log gets a name with the time in it, and a new one begins; 0: never."""
     MIN_FREE_MIB: int = Field(default=64, ge=0)
     """Free space on the image's disk, in MiB, below which nothing new is begun or written; 0: no limit."""
     LORA_STAGING_DIR: Path = Path("lora_adapters")
