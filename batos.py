@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -68,6 +69,7 @@ class Kernel:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._started = time.monotonic()
+        _versions()
         self._stop = asyncio.Event()
         self.exit_status = 0
         self._message_lane = Lane("messages", settings.HAND_COUNT, settings.QUEUE_LIMIT)
@@ -302,6 +304,7 @@ def _disk_of(settings: Settings) -> Path:
     return next(iter(_image_paths(settings.DB_FILE)), settings.METACOGNITION_LOG_FILE).parent
 
 
+@cache  # reads files, which a kernel without descriptors can't
 def _versions() -> dict[str, str]:
     packages = ("ZODB", "pyzmq", "ormsgpack", "pydantic", "llama-cpp-python")
     versions = {name: importlib.metadata.version(name) for name in packages}

@@ -26,7 +26,7 @@ class _Whole(io.FileIO):
 
 
 class SteadyFileStorage(FileStorage):
-    """A FileStorage whose files have no buffers."""
+    """A FileStorage whose files have no buffers, and whose scratch file does not stay large."""
 
     @property
     def _file(self) -> Any:
@@ -35,6 +35,10 @@ class SteadyFileStorage(FileStorage):
     @_file.setter
     def _file(self, file: Any) -> None:  # a pack puts a new one here
         self.__dict__["_file"] = _whole(file)
+
+    def _abort(self) -> None:
+        super()._abort()
+        self._tfile.truncate(0)  # what was too large must not keep the room of smaller ones
 
 
 def steady(storage: Any) -> Any:
