@@ -16,6 +16,9 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -26,7 +29,7 @@ from uvm.awakening import CATALOG, ROOT, awaken
 from uvm.bridge import Bridge
 from uvm.broker.broker import Broker
 from uvm.commands import Commands
-from uvm.errors import HomeError, ShuttingDown
+from uvm.errors import BatosError, HomeError, ResourceExhausted, ShuttingDown
 from uvm.granting import Granting
 from uvm.hands.pool import HandPool
 from uvm.image.image import LivingImage
@@ -42,18 +45,22 @@ from uvm.mind.mind import Mind
 from uvm.mind.personas import load_personas
 from uvm.missions import Missions
 from uvm.objects import Objects
+from uvm.pressure import Room, exhausted, started
 from uvm.psm import PrototypalStateMachine
 
 CODEX = PROJECT / "codex"
 CODE = ("uvm", "terminal", "codex", "evals", "bench", "tests", "docs", ".git", ".venv")
 EXIT_CANNOT_START = 2
+EXIT_IMAGE_CLOSED = 3  # a new start is needed, and helps
+THREADS = 8  # for commits, the log and the like; all started with the kernel
 GRACE_S = 3.0
 MAX_DESCRIPTORS = 65_536
 
 
 def say(line: str) -> None:
     """Prints one line as the kernel."""
-    print(f"[UVM] {line}", flush=True)
+    with suppress(OSError):  # what it prints goes to a file, whose disk may be full
+        print(f"[UVM] {line}", flush=True)
 
 
 class Kernel:
@@ -62,7 +69,9 @@ class Kernel:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._started = time.monotonic()
+        _versions()
         self._stop = asyncio.Event()
+        self.exit_status = 0
         self._message_lane = Lane("messages", settings.HAND_COUNT, settings.QUEUE_LIMIT)
         self._mission_lane = Lane("missions", settings.WORKER_COUNT, settings.QUEUE_LIMIT)
 
@@ -76,6 +85,7 @@ class Kernel:
         """
         closing: list[Callable[[], Any]] = []
         try:
+            asyncio.get_running_loop().set_default_executor(started(ThreadPoolExecutor(THREADS), THREADS))
             await self._start(closing)
             warming = asyncio.create_task(self._memory.warm())  # takes seconds; the first mission needs it
             closing.append(warming.cancel)
@@ -103,9 +113,11 @@ class Kernel:
         closing.append(self._hands.close)
         await self._hands.start()  # before any key is read: a hand must not inherit one
         self._tell_of_hands()
-        self._log = MetacognitionLog(settings.METACOGNITION_LOG_FILE)
+        self._log = MetacognitionLog(
+            settings.METACOGNITION_LOG_FILE, max_mib=settings.METACOGNITION_LOG_MAX_MIB
+        )
         closing.append(self._log.close)
-        self._image = LivingImage(settings.DB_FILE, settings.BLOB_DIR, self._committed)
+        self._image = LivingImage(settings.DB_FILE, settings.BLOB_DIR, self._committed, self._image_closed)
         self._image.open()
         closing.append(self._image.close)
         say(f"Living image: {settings.DB_FILE}")
@@ -195,6 +207,7 @@ class Kernel:
             log=self._log,
             lane=self._message_lane,
             max_miss_depth=settings.MAX_MISS_DEPTH,
+            room=Room(_disk_of(settings), settings.MIN_FREE_MIB).check,
             control={"ping": self._ping, "status": self._status, "shutdown": self._shutdown},
         )
         self._bridge = Bridge(
@@ -214,10 +227,17 @@ class Kernel:
 
     def _fault(self, error: BaseException) -> None:
         """Tells of a fault of the kernel's own, with all that is needed to mend it."""
-        if isinstance(error, HomeError):  # it names the file and says what to do
+        if isinstance(error, (HomeError, ResourceExhausted)):  # it says what to do
             say(str(error))
             return
-        traceback.print_exception(error, file=sys.stderr)
+        with suppress(OSError, MemoryError):
+            traceback.print_exception(error, file=sys.stderr)
+
+    def _image_closed(self) -> None:
+        """Ends the kernel: its image can neither be read nor written before it is opened again."""
+        say("The living image has closed itself: a commit failed in its last step. Ending, to start again")
+        self.exit_status = EXIT_IMAGE_CLOSED
+        self.stop()
 
     # Commands about the kernel itself
 
@@ -282,14 +302,20 @@ def _image_paths(location: str) -> list[Path]:
     return [Path(path), *(Path(value) for name, value in parse_qsl(options) if name == "blobstorage_dir")]
 
 
+def _disk_of(settings: Settings) -> Path:
+    """Returns a folder on the disk that the image grows on; that of the log where the image is elsewhere."""
+    return next(iter(_image_paths(settings.DB_FILE)), settings.METACOGNITION_LOG_FILE).parent
+
+
+@cache  # reads files, which a kernel without descriptors can't
 def _versions() -> dict[str, str]:
     packages = ("ZODB", "pyzmq", "ormsgpack", "pydantic", "llama-cpp-python")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {"protocol": str(m.PROTOCOL_VERSION), "python": sys.version.split()[0], **versions}
 
 
-async def serve(settings: Settings) -> None:
-    """Runs a kernel until a signal, a shutdown command, or the end of its watchdog."""
+async def serve(settings: Settings) -> int:
+    """Runs a kernel until a signal, a shutdown command, or its watchdog's end; returns the exit status."""
     kernel = Kernel(settings)
     loop = asyncio.get_running_loop()
     if sys.platform == "win32":
@@ -302,10 +328,11 @@ async def serve(settings: Settings) -> None:
     if watchdog is not None:  # a pipe that the watchdog never writes to: its end means that it is gone
         loop.add_reader(int(watchdog), kernel.stop)
     await kernel.run()
+    return kernel.exit_status
 
 
 def main() -> int:
-    """Runs the kernel; returns the exit status: 0 after a clean stop, 2 where it can't start."""
+    """Runs the kernel; returns the exit status: 0 after a clean stop, or one of those above."""
     argparse.ArgumentParser(
         description="The kernel of BAT OS. Its settings: python config.py", allow_abbrev=False
     ).parse_args()
@@ -314,11 +341,18 @@ def main() -> int:
     try:
         settings = Settings()
         settings.HOME.mkdir(parents=True, exist_ok=True)
-        asyncio.run(serve(settings))
-    except HomeError as error:
-        print(f"[UVM] can't start: {error}", file=sys.stderr, flush=True)
+        return asyncio.run(serve(settings))
+    except Exception as error:
+        reason = error if isinstance(error, HomeError) else exhausted(error)
+        if reason is None:
+            raise
+        print(f"[UVM] can't start: {_told(reason)}", file=sys.stderr, flush=True)
         return EXIT_CANNOT_START
-    return 0
+
+
+def _told(error: BatosError) -> str:
+    path = error.details.get("path")
+    return f"{error} ({path})" if isinstance(error, ResourceExhausted) and path else str(error)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     """CURVE keys of the kernel and its clients; made on the first run, mode 0600."""
     METACOGNITION_LOG_FILE: Path = Path("metacognition.jsonl")
     """Every thought, one JSON object a line."""
+    METACOGNITION_LOG_MAX_MIB: int = Field(default=512, ge=0)
+    """MiB; at the start a larger log gets a name with the time in it, and a new one begins; 0: never."""
+    MIN_FREE_MIB: int = Field(default=64, ge=0)
+    """Free space on the image's disk, in MiB, below which nothing new is begun or written; 0: no limit."""
     LORA_STAGING_DIR: Path = Path("lora_adapters")
     """Where LoRA adapters wait to be adopted. (No organ reads this yet.)"""
     MODELS_DIR: Path = Field(default_factory=default_models_dir)

@@ -32,6 +32,9 @@ class KernelProcess:
     Args:
         home: its `BATOS_HOME`; the same home again is the same image.
         settings: further settings by name, without the prefix `BATOS_`.
+
+    Attributes:
+        command: what is run; a wrapper in front of it must end by becoming the kernel.
     """
 
     def __init__(self, home: Path, settings: Mapping[str, str] | None = None) -> None:
@@ -44,6 +47,7 @@ class KernelProcess:
             "PYTHONUNBUFFERED": "1",
             **{f"BATOS_{name}": value for name, value in (settings or {}).items()},
         }
+        self.command = [sys.executable, str(PROJECT / "batos.py")]
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -68,7 +72,7 @@ class KernelProcess:
         printed = len(self.log)
         with (self.home / "kernel.out").open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, str(PROJECT / "batos.py")],
+                self.command,
                 env=self.environment,
                 cwd=self.home,
                 stdin=subprocess.DEVNULL,

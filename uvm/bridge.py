@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from uvm.errors import BatosError, KernelRefused, MalformedMessage, ShuttingDown
 from uvm.keys import AllowedClients
 from uvm.listening import LINGER_MS, Limits, listen, received
 from uvm.messages import Command, Rejected, pack_error, pack_result, parse_request
+from uvm.pressure import exhausted
 from uvm.publisher import Publisher
 
 Handler = Callable[[Command], Awaitable[Any]]
@@ -109,14 +111,31 @@ class Bridge:
         return self._listen(zmq.XPUB, self._events_endpoint, EVENTS, EVENTS)
 
     async def _read_requests(self) -> None:
+        while not self._router.closed:
+            try:
+                await self._read_on()
+            except Exception as error:  # there was no memory to take a message in
+                self._report(error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _read_on(self) -> None:
         async for frames in received(self._router):
             taken = False
             try:
                 taken = self._take([frame.bytes for frame in frames], _key_of(frames[-1]))
             except Exception as error:  # one message must not make the kernel deaf
-                self._report(error)
+                self._refuse(frames, error)
             if not taken:  # to refuse costs time here, where it counts against nobody's share
                 await asyncio.sleep(0)
+
+    def _refuse(self, frames: list[zmq.Frame], error: Exception) -> None:
+        """Answers a message that could not be looked at; its own frame is not copied for that."""
+        pressed = exhausted(error)
+        self._report(error if pressed is None else pressed)
+        beginning = bytes(frames[-1].buffer[:64])
+        with suppress(MemoryError):
+            envelope = [frame.bytes for frame in frames[:-1]]
+            self._send(envelope, pack_error(_id_at_the_beginning(beginning), pressed or error))
 
     def _take(self, frames: list[bytes], key: str) -> bool:
         """Begins to answer one message of the client with this key, or refuses it and returns False.
@@ -154,9 +173,12 @@ class Bridge:
             request_id = rejected.id
             reply = pack_error(request_id, rejected.error)
         except Exception as error:
-            if not isinstance(error, BatosError):
+            pressed = exhausted(error)
+            if pressed is None and not isinstance(error, BatosError):
                 self._report(error)
-            reply = pack_error(request_id, error)
+            if request_id is None:  # it was not read to its end
+                request_id = _id_at_the_beginning(payload)
+            reply = pack_error(request_id, pressed or error)
         await self._deliver(envelope, key, request_id, reply)
 
     async def _deliver(

@@ -21,6 +21,9 @@ from uvm.missions import Missions
 from uvm.objects import USER, Objects
 
 Handler = Callable[[Any], Awaitable[Any]]
+# What needs room on the disk beforehand; a message, once it has written. To revoke is always possible.
+_WRITING = {"initiate_cognitive_cycle", "create_object", "set_slot", "delete_slot", "revert_method", "undo"}
+_WRITING |= {"grant", "remember"}
 
 
 class Commands:
@@ -30,6 +33,7 @@ class Commands:
         catalog: name of the object that holds the memory.
         lane: where messages and work on the image wait.
         max_miss_depth: how many missing selectors one message may have learned for it.
+        room: raises where the disk has no room for anything new.
         control: further handlers, which never wait.
     """
 
@@ -46,6 +50,7 @@ class Commands:
         log: MetacognitionLog,
         lane: Lane,
         max_miss_depth: int,
+        room: Callable[[], None],
         control: Mapping[str, Handler],
     ) -> None:
         self._image = image
@@ -56,6 +61,7 @@ class Commands:
         self._log = log
         self._lane = lane
         self._max_miss_depth = max_miss_depth
+        self._room = room
         self._handlers: dict[str, Handler] = {
             # control traffic, never behind work
             **control,
@@ -85,6 +91,8 @@ class Commands:
 
     async def handle(self, command: m.Command) -> Any:
         """Returns a command's result; what it raises becomes the error reply."""
+        if command.command in _WRITING:
+            self._room()
         return await self._handlers[command.command](command)
 
     def _queued(self, handler: Handler) -> Handler:
@@ -112,6 +120,7 @@ class Commands:
 
     async def _doesNotUnderstand_(self, miss: DoesNotUnderstand) -> None:  # noqa: N802 (Smalltalk's name)
         """The creative mandate: what is not understood is learned."""
+        self._room()
         await self._missions.learn(miss)
 
     async def _deliver(self, command: m.SendMessage) -> Any:
@@ -124,6 +133,8 @@ class Commands:
                 await self._log.record(
                     "discarded", target=target.oid, selector=command.selector, slots=outcome.discarded
                 )
+            if txn.changed:
+                self._room()
             return result
 
         if command.as_of is not None:

@@ -22,6 +22,7 @@
     │   ├── QueueFull
     │   ├── ShuttingDown
     │   ├── Conflict             other transactions kept winning
+    │   ├── ResourceExhausted    no disk, no descriptors, no memory, or a read-only file system: `resource`
     │   └── KernelUnreachable    raised by the client library
     ├── MethodError              generated code failed; the image is untouched
     │   ├── MethodRaised         it raised an exception
@@ -153,6 +154,10 @@ class ShuttingDown(RetryLater):
 
 
 class Conflict(RetryLater):
+    pass
+
+
+class ResourceExhausted(RetryLater):
     pass
 
 

@@ -10,13 +10,15 @@ import asyncio
 import datetime as dt
 import json
 import os
+import threading
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from aiologger import Logger
 from aiologger.formatters.base import Formatter
-from aiologger.handlers.files import AsyncFileHandler
+from aiologger.handlers.base import Handler
 
 _MOST_BITS = 10_000  # Python writes no int of more than 4,300 digits, which have 14,285 bits
 
@@ -49,9 +51,57 @@ def _text(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-class _Handler(AsyncFileHandler):  # type: ignore[misc]
-    async def handle_error(self, record: Any, exception: Exception) -> None:
-        raise exception  # a thought that is not on disk must not count as logged
+class _Handler(Handler):  # type: ignore[misc]
+    """Appends whole lines, or nothing, and says so: a thought that is not on disk must not count as logged.
+
+    There is no buffer, in which a line would wait that its writer was told could not be written.
+    """
+
+    def __init__(self, path: Path, torn: bool) -> None:
+        super().__init__()
+        self._path = path
+        self._torn = torn  # whether the file ends with a part of a line
+        self._file: FileIO | None = None
+        self._turn = threading.Lock()  # a cancelled writer's thread may still be at work
+
+    @property
+    def initialized(self) -> bool:
+        return self._file is not None
+
+    async def emit(self, record: Any) -> None:
+        line = f"{self.formatter.format(record)}\n".encode()
+        await asyncio.to_thread(self._append, line)
+
+    async def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _append(self, line: bytes) -> None:
+        with self._turn:
+            if self._file is None:
+                self._file = FileIO(self._path, "a")
+            end = os.fstat(self._file.fileno()).st_size
+            try:
+                _write(self._file, b"\n" + line if self._torn else line)
+            except BaseException:
+                self._take_back(end)
+                raise
+            self._torn = False
+
+    def _take_back(self, end: int) -> None:
+        """Cuts off what there is of a line; where that can't be done either, the next one begins afresh."""
+        assert self._file is not None
+        try:
+            self._file.truncate(end)
+        except OSError:
+            self._torn = True
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 class MetacognitionLog:
@@ -60,15 +110,19 @@ class MetacognitionLog:
     Args:
         path: the file; a last line that a kill cut short is closed off, so that it spoils no other.
         listeners: called with `(event, fields)` after each record is on disk.
+        max_mib: a file that is larger at the start is renamed, with the time in its name; 0 never does.
     """
 
-    def __init__(self, path: Path, listeners: tuple[Listener, ...] = ()) -> None:
+    def __init__(self, path: Path, listeners: tuple[Listener, ...] = (), max_mib: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._seq = _resume(path)
+        self._seq, torn = _resume(path)
+        if max_mib and path.exists() and path.stat().st_size > max_mib << 20:
+            _set_aside(path)
+            torn = False
         self._listeners = list(listeners)
         self._lock = asyncio.Lock()
         self._logger = Logger(name="metacognition")
-        handler = _Handler(str(path), encoding="utf-8")
+        handler = _Handler(path, torn)
         handler.formatter = _JsonLine()
         self._logger.add_handler(handler)
 
@@ -85,7 +139,11 @@ class MetacognitionLog:
         async with self._lock:
             self._seq += 1
             stamp = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
-            await self._logger.info({"ts": stamp, "seq": self._seq, "event": event, **fields})
+            try:
+                await self._logger.info({"ts": stamp, "seq": self._seq, "event": event, **fields})
+            except Exception:  # but a cancelled writer's line is written
+                self._seq -= 1
+                raise
         self.announce(event, **fields)
 
     def announce(self, event: str, **fields: Any) -> None:
@@ -99,18 +157,29 @@ class MetacognitionLog:
             await self._logger.shutdown()
 
 
-def _resume(path: Path) -> int:
-    """Returns the last `seq` in the file, and ends a last line that was cut short."""
+def _resume(path: Path) -> tuple[int, bool]:
+    """Returns the last `seq`, and whether the file ends with a line that was cut short."""
     if not path.exists():
-        return 0
-    with path.open("rb+") as file:
+        earlier = sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))  # set aside, and nothing came after
+        return (_resume(earlier[-1])[0] if earlier else 0), False
+    with path.open("rb") as file:
         file.seek(max(0, os.path.getsize(path) - (1 << 20)))
         tail = file.read()
-        if tail and not tail.endswith(b"\n"):
-            file.write(b"\n")
+    torn = bool(tail) and not tail.endswith(b"\n")
     for line in reversed(tail.splitlines()):
         try:
-            return int(json.loads(line)["seq"])
+            return int(json.loads(line)["seq"]), torn
         except (ValueError, KeyError, TypeError):
             continue
-    return 0
+    return 0, torn
+
+
+def _set_aside(path: Path) -> None:
+    """Gives the file a name of its own; nothing of it is ever deleted here."""
+    now = dt.datetime.now(dt.UTC)
+    while True:
+        aside = path.with_name(f"{path.stem}-{now:%Y%m%dT%H%M%S.%fZ}{path.suffix}")
+        if not aside.exists():
+            path.rename(aside)
+            return
+        now += dt.timedelta(microseconds=1)

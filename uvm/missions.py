@@ -11,13 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from uvm.cycle import Cycle
-from uvm.errors import DoesNotUnderstand, MissionCancelled, MissionFailed
+from uvm.errors import DoesNotUnderstand, MissionCancelled, MissionFailed, ResourceExhausted
 from uvm.image import journal
 from uvm.image.image import LivingImage, Txn
 from uvm.lanes import Lane
 from uvm.messages import MissionBrief
+from uvm.pressure import typed
 from uvm.psm import PrototypalStateMachine
 
+RETRY_S, LONGEST_RETRY_S = 1.0, 60.0  # pauses of a mission for which disk or memory did not suffice
 MAX_STARTS = 3  # a kernel that died so often in the middle of a mission does not try it again
 
 
@@ -42,6 +44,8 @@ class Missions:
         self._report = report
         self._tasks: dict[str, asyncio.Task[dict[str, Any]]] = {}
         self._cancelled: set[str] = set()
+        self._begun: set[str] = set()  # by this kernel; to go on after a pause is no further start
+        self._closing = False
         self._learning: dict[tuple[str, str], asyncio.Future[str]] = {}
 
     async def begin(self, target: str, brief: MissionBrief, origin: str) -> str:
@@ -65,6 +69,7 @@ class Missions:
         Raises:
             MissionFailed: it ended in FAILED.
             MissionCancelled: somebody cancelled it.
+            ResourceExhausted: it can't go on now; it stays in the journal and goes on by itself.
         """
         return await asyncio.shield(self._tasks[mission_id])
 
@@ -86,6 +91,8 @@ class Missions:
             self._cancelled.add(mission_id)
             task.cancel()
             await asyncio.wait([task])
+            if not task.cancelled() and isinstance(error := task.exception(), ResourceExhausted):
+                raise error  # the journal could not take it in
         return await self.record(mission_id)
 
     async def record(self, mission_id: str) -> dict[str, Any]:
@@ -112,37 +119,53 @@ class Missions:
 
     async def close(self) -> None:
         """Interrupts what is under way; the journal keeps it."""
+        self._closing = True
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _pursue(self, mission_id: str) -> None:
-        task = asyncio.create_task(self._run(mission_id))
+    def _pursue(self, mission_id: str, pause_s: float = 0.0) -> None:
+        task = asyncio.create_task(self._run(mission_id, pause_s))
         self._tasks[mission_id] = task
-        task.add_done_callback(lambda done: self._ended(mission_id, done))
+        task.add_done_callback(lambda done: self._ended(mission_id, pause_s, done))
 
-    def _ended(self, mission_id: str, task: asyncio.Task[dict[str, Any]]) -> None:
+    def _ended(self, mission_id: str, pause_s: float, task: asyncio.Task[dict[str, Any]]) -> None:
         del self._tasks[mission_id]
         error = None if task.cancelled() else task.exception()  # asking marks it as seen
+        if isinstance(error, ResourceExhausted):  # its row is open: it goes on when there is room again
+            if not self._closing:
+                self._pursue(mission_id, min(max(2 * pause_s, RETRY_S), LONGEST_RETRY_S))
+            return
+        self._begun.discard(mission_id)
         if error is not None and not isinstance(error, (MissionFailed, MissionCancelled)):
             self._report(error)
 
-    async def _run(self, mission_id: str) -> dict[str, Any]:
+    async def _run(self, mission_id: str, pause_s: float) -> dict[str, Any]:
         try:
-            async with self._lane.place():
-                row = await self._image.attempt(
-                    f"mission {mission_id} started", lambda txn: journal.start(txn, mission_id).record()
-                )
-                if row["starts"] > MAX_STARTS:
-                    raise await self._give_up(mission_id)
-                return _told(await self._psm.run(row))
+            with typed():
+                await asyncio.sleep(pause_s)
+                async with self._lane.place():
+                    row = await self._image.attempt(
+                        f"mission {mission_id} started", lambda txn: self._start(txn, mission_id)
+                    )
+                    self._begun.add(mission_id)
+                    if row["starts"] > MAX_STARTS:
+                        raise await self._give_up(mission_id)
+                    return _told(await self._psm.run(row))
+        except ResourceExhausted as error:
+            error.details["mission_id"] = mission_id
+            raise
         except asyncio.CancelledError:
             if mission_id not in self._cancelled:
                 raise
             self._cancelled.discard(mission_id)
-            await self._finish(mission_id, journal.CANCELLED, {})
+            with typed():
+                await self._finish(mission_id, journal.CANCELLED, {})
             raise MissionCancelled(f"mission {mission_id} was cancelled", mission_id=mission_id) from None
+
+    def _start(self, txn: Txn, mission_id: str) -> dict[str, Any]:
+        return journal.start(txn, mission_id, again=mission_id in self._begun).record()
 
     async def _give_up(self, mission_id: str) -> MissionFailed:
         reason = f"mission {mission_id} was given up: the kernel died {MAX_STARTS} times while it ran"

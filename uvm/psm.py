@@ -11,6 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from uvm import prompts
@@ -26,6 +27,7 @@ from uvm.messenger import Messenger
 from uvm.metacognition import MetacognitionLog
 from uvm.mind.backends import Message
 from uvm.mind.mind import Mind, Reply
+from uvm.pressure import exhausted
 from uvm.states import FINAL, State, advance
 from uvm.trials import TrialRunner, trials_of
 
@@ -93,6 +95,7 @@ class PrototypalStateMachine:
 
         Raises:
             MissionFailed: the cycle ended in FAILED; the row says why.
+            ResourceExhausted: the cycle can't go on now; the row is open, for the cycle to be run again.
             asyncio.CancelledError: it was cancelled; the image holds nothing of it.
         """
         brief = MissionBrief.model_validate(row["brief"])
@@ -104,10 +107,14 @@ class PrototypalStateMachine:
             while cycle.state not in FINAL:
                 await self._move(cycle, await self._handlers[cycle.state](cycle))
         except asyncio.CancelledError as error:
-            await self._fail(cycle, error)
+            with suppress(OSError, MemoryError):  # who cancelled must hear of that, whatever the disk says
+                await self._fail(cycle, error)
             raise
         except Exception as error:
             if cycle.state is not State.COMPLETE:  # once committed, a full disk under the log changes nothing
+                if (pressed := exhausted(error)) is not None:
+                    await self._defer(cycle, pressed)
+                    raise pressed from error
                 await self._fail(cycle, error)
                 raise self._failure(cycle) from error
         return cycle
@@ -256,6 +263,11 @@ class PrototypalStateMachine:
         cycle.state = advance(cycle.state, State.FAILED)
         await self._announce(cycle)
         await self._psm_failed_process(cycle)
+
+    async def _defer(self, cycle: Cycle, error: BatosError) -> None:
+        """Says that the cycle has ended without a verdict, if there is room to say it."""
+        with suppress(OSError, MemoryError):
+            await self._record(cycle, "deferred", reason=str(error))
 
     def _failure(self, cycle: Cycle) -> MissionFailed:
         error = cycle.failure

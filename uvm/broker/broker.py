@@ -36,6 +36,7 @@ from uvm.memory.fractal import FractalMemory
 from uvm.metacognition import MetacognitionLog
 from uvm.mind.backends import Message
 from uvm.mind.mind import Mind
+from uvm.pressure import exhausted
 
 MAX_USES = {"files": 1000, "http": 100, "clock": 1000, "recall": 100, "ask": 20}  # of one call
 MAX_REFUSED = 100  # further uses that are answered, before the call is ended
@@ -48,6 +49,9 @@ MAX_THREADS = 32  # that folders, and as many that name servers, may keep waitin
 _TOLD = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, TimeoutError)
 # What a method gets to see: the first of these that an error is.
 _ERRORS: tuple[type[Exception], ...] = (*_TOLD, ConnectionError, OSError, ValueError, TypeError, RuntimeError)
+
+
+_OURS = ("descriptors", "memory")  # the kernel's own want; a full disk is that of the folder granted
 
 
 class Broker:
@@ -259,6 +263,9 @@ class Uses:
             what = use.told()
             return {"ok": await self._carry_out(use)}
         except _ERRORS as error:
+            if (pressed := exhausted(error)) is not None and pressed.details["resource"] in _OURS:
+                outcome = "ResourceExhausted"
+                raise pressed from error
             seen = next(kind for kind in _ERRORS if isinstance(error, kind))
             outcome = seen.__name__
             return {"error": {"type": outcome, "message": _message(error)}}

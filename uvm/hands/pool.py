@@ -38,6 +38,7 @@ from uvm.hands.sandbox import Limits, tier
 from uvm.hands.seccomp import compile_filter
 from uvm.hands.stock import Stock
 from uvm.hands.zygote import Hand, HandGone, Zygote
+from uvm.pressure import out_of_memory
 
 _READY_S = 30.0  # a worker that takes longer to lock itself down is given up
 
@@ -158,6 +159,7 @@ class HandPool:
             HandTimeout, HandOutOfMemory, HandOutputTooLarge, HandDied: the hand ended without a result.
             ObjectNotFound: the call's target is not there.
             QueueFull, ShuttingDown: it did not get its turn.
+            ResourceExhausted: no worker can be made for it now.
             SandboxTooWeak: nothing generated runs here.
         """
         self.require_walls()
@@ -301,6 +303,8 @@ class HandPool:
         except TimeoutError:
             zygote.lose()  # the next call starts another
             raise HandDied(f"a worker was not ready within {_READY_S:g} s") from None
+        if kind == "starved":
+            raise out_of_memory()
         if kind != "ready":
             raise HandDied(f"a worker could not be locked down: {payload}")
 

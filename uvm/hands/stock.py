@@ -12,6 +12,7 @@ from contextlib import suppress
 from uvm.errors import QueueFull, ShuttingDown
 from uvm.hands.sandbox import Limits
 from uvm.hands.zygote import Hand, Zygote
+from uvm.pressure import exhausted
 
 BESIDE = 12  # workers kept ready beside one for each call that may run at once
 _RENEW_S = 0.03  # a burst of calls is not slowed by the making of new workers before this is over
@@ -69,7 +70,7 @@ class Stock:
         """Returns a worker for a call: one that waits, or a new one.
 
         Raises:
-            QueueFull: there is none, and the system gives no means to make one.
+            ResourceExhausted, QueueFull: there is none, and the system gives no means to make one.
         """
         while self._spares:
             hand = self._spares.popleft()
@@ -80,7 +81,7 @@ class Stock:
         try:
             return zygote.fork(1)[0]
         except OSError as error:
-            raise QueueFull(f"no hand can be made now: {error}") from None
+            raise exhausted(error) or QueueFull(f"no hand can be made now: {error}") from None
 
     def retire(self, zygote: Zygote, hand: Hand) -> None:
         """Has a worker that served its call replaced: soon, or at once where there are few left."""

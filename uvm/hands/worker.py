@@ -33,7 +33,7 @@ from uvm.hands.session import Session
 _REAP_MS = 50  # how often the zygote looks after workers that it has killed
 _WARM_UPS = 50  # calls after which the interpreter has specialised the code that every call runs
 # Made beforehand: later there may be no memory to make them, and a new worker finds them warm.
-_READY, _EXHAUSTED = pack("ready", None), pack("exhausted", None)
+_READY, _EXHAUSTED, _STARVED = pack("ready", None), pack("exhausted", None), pack("starved", None)
 
 
 def main(control_fd: int, pool_pid: int) -> None:
@@ -85,7 +85,8 @@ class _Zygote:
                 break
             verb, tokens = unpack_order(packet)
             if verb in (FORK, CHECK):
-                for token in tokens:
+                # Where this process can't take all descriptors, the last ones are closed: the kernel sees it.
+                for token in tokens[: len(descriptors)]:
                     self._fork(token, descriptors, verb)
             else:
                 for token in tokens:
@@ -107,8 +108,8 @@ class _Zygote:
         refusal, pid = self.refusal, None
         try:
             pid = os.fork() if not refusal else None
-        except OSError as error:
-            refusal = _refused(error)
+        except OSError:  # no memory, or too many processes; it passes
+            refusal = _STARVED
         if pid == 0:
             _Worker(self._sandbox, self._pid, channel, channels).serve(verb)
         if pid is not None:

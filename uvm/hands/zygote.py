@@ -173,7 +173,7 @@ class Zygote:
         hands = []
         while number > 0:
             tokens = list(islice(self._tokens, min(number, MAX_TOKENS)))
-            pairs = [socket.socketpair() for _ in tokens]
+            pairs = _pairs(len(tokens))
             self._send(pack_order(verb, tokens), [theirs.fileno() for _, theirs in pairs])
             for token, (ours, theirs) in zip(tokens, pairs, strict=True):
                 theirs.close()
@@ -258,6 +258,19 @@ class Zygote:
         token, status, cpu_s = STATUS.unpack(report)
         if token in self._graves:
             self._graves[token].set_result((status, cpu_s))
+
+
+def _pairs(number: int) -> list[tuple[socket.socket, socket.socket]]:
+    """Returns so many pairs of sockets, or keeps none of them."""
+    with contextlib.ExitStack() as stack:
+        pairs = []
+        for _ in range(number):
+            pair = socket.socketpair()
+            stack.enter_context(pair[0])
+            stack.enter_context(pair[1])
+            pairs.append(pair)
+        stack.pop_all()
+    return pairs
 
 
 def _start(control_fd: int) -> subprocess.Popen[bytes]:

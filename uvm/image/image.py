@@ -26,6 +26,7 @@ from ZODB.POSException import ConflictError, POSError, POSKeyError, UndoError
 
 from uvm.codec import is_oid
 from uvm.errors import (
+    BatosError,
     Conflict,
     ImageDamaged,
     ImageLocked,
@@ -33,12 +34,15 @@ from uvm.errors import (
     NotUndoable,
     ObjectExists,
     ObjectNotFound,
+    ShuttingDown,
     TransactionNotFound,
 )
 from uvm.image import allowed, values
 from uvm.image.defused import defuse
 from uvm.image.loading import Database
 from uvm.image.prototypes import UvmObject
+from uvm.image.steady import gave_up, steady
+from uvm.pressure import exhausted, typed
 
 SCHEMA = 1
 CONFLICT_RETRIES = 5
@@ -70,7 +74,8 @@ async def blocking(work: Callable[[], T], thread: Executor) -> T:
 def _typed_errors(note: str) -> Iterator[None]:
     """Turns what ZODB raises into errors of the tree."""
     try:
-        yield
+        with typed():
+            yield
     except ConflictError as error:
         raise Conflict(f"other transactions kept winning ({error})", note=note) from error
     except RecursionError as error:
@@ -187,6 +192,11 @@ class Txn:
         """Returns a savepoint: `rollback()` undoes what comes after it; nothing reaches the disk."""
         return self._manager.savepoint()
 
+    @property
+    def changed(self) -> bool:
+        """Whether there is something to commit."""
+        return bool(self._manager.get()._resources)
+
     def companion(self, kind: type[T]) -> T | None:
         """Returns the resource manager of this kind that takes part, or None."""
         return next((found for found in self._manager.get()._resources if isinstance(found, kind)), None)
@@ -215,12 +225,20 @@ class LivingImage:
         location: a file name, or any zodburi URI.
         blob_dir: folder of the blobs of an image that is a file.
         on_commit: called after each commit with the transaction's id, note and user.
+        on_end: called when the storage has closed itself, and only a new start helps.
     """
 
-    def __init__(self, location: str, blob_dir: Path, on_commit: OnCommit | None = None) -> None:
+    def __init__(
+        self,
+        location: str,
+        blob_dir: Path,
+        on_commit: OnCommit | None = None,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
         self.location = location
         self._blob_dir = blob_dir
         self._on_commit = on_commit
+        self._on_end = on_end
         self._db: Any = None
         self._committer = ThreadPoolExecutor(1, "commits")  # one at a time, as FileStorage has it
 
@@ -252,9 +270,9 @@ class LivingImage:
         try:
             if "://" in self.location:
                 factory, options = zodburi.resolve_uri(self.location)
-                return factory(), options
+                return steady(factory()), options
             Path(self.location).parent.mkdir(parents=True, exist_ok=True)
-            return FileStorage(self.location, blob_dir=str(self._blob_dir)), {}
+            return steady(FileStorage(self.location, blob_dir=str(self._blob_dir))), {}
         except LockError:
             raise ImageLocked(
                 f"another kernel has {self.location} open; stop it with ./puter.sh stop", path=self.location
@@ -262,6 +280,8 @@ class LivingImage:
         except KeyError as error:
             raise ImageDamaged(f"DB_FILE: {error.args[0]}", path=self.location) from None
         except (POSError, ValueError, OSError, EOFError) as error:
+            if (pressed := exhausted(error)) is not None:
+                raise pressed from error
             raise ImageDamaged(
                 f"{self.location} can't be opened ({type(error).__name__}: {error}); restore a copy of it",
                 path=self.location,
@@ -306,14 +326,26 @@ class LivingImage:
                         manager.abort()
                     else:
                         await self._commit(manager, txn)
-            except BaseException:
+            except BaseException as error:
+                if gave_up(self._db.storage):
+                    raise self._ended() from error
                 manager.abort()
                 raise
         finally:
             connection.close()
 
+    def _ended(self) -> BatosError:
+        """Returns what it means that the storage has closed itself, and has the kernel told of it."""
+        if self._on_end is not None:
+            self._on_end()
+        return ShuttingDown(
+            "the image's file failed in the last step of a commit, and the kernel starts again; whether this "
+            "change was kept, a look will tell",
+            committed=None,
+        )
+
     async def _commit(self, manager: TransactionManager, txn: Txn) -> None:
-        if not manager.get()._resources:  # nothing was changed: spare the lock and the thread
+        if not txn.changed:  # nothing was changed: spare the lock and the thread
             manager.abort()
             return
         note, user = manager.get().description, manager.get().user

@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from types import NoneType
 from typing import Any, ClassVar
 
@@ -61,14 +62,19 @@ class MissionRow(Persistent):
         }
 
 
-def new_id() -> str:
-    """Returns a mission id; later ones sort after earlier ones."""
-    return f"{time.time_ns():016x}-{secrets.token_hex(3)}"
+def new_id(last: str | None = None) -> str:
+    """Returns a mission id, which sorts after `last` even if the clock was set back since."""
+    now = time.time_ns()
+    if last is not None:
+        with suppress(ValueError):  # a foreign image may have ids of another form
+            now = max(now, int(last.partition("-")[0], 16) + 1)
+    return f"{now:016x}-{secrets.token_hex(3)}"
 
 
 def add(txn: Txn, target: str, brief: dict[str, Any], origin: str) -> MissionRow:
     """Adds a queued mission: `target` is an oid, `brief` the plain form of a mission brief."""
-    row = MissionRow(new_id(), target, brief, origin)
+    last = txn.missions.maxKey() if txn.missions else None
+    row = MissionRow(new_id(last), target, brief, origin)
     txn.missions[row.mission_id] = row
     txn.root["open_missions"].add(row.mission_id)
     return row
@@ -86,11 +92,11 @@ def get(txn: Txn, mission_id: str) -> MissionRow:
     return row  # type: ignore[no-any-return]
 
 
-def start(txn: Txn, mission_id: str) -> MissionRow:
-    """Marks a mission as running and counts the start."""
+def start(txn: Txn, mission_id: str, *, again: bool = False) -> MissionRow:
+    """Marks a mission as running and counts the start, but for one that this kernel had begun before."""
     row = get(txn, mission_id)
     row.state = RUNNING
-    row.starts += 1
+    row.starts += not again
     return row
 
 

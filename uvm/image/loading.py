@@ -22,6 +22,7 @@ from ZODB.utils import oid_repr
 from uvm.errors import BatosError, ImageDamaged
 from uvm.image import allowed
 from uvm.image.shapes import Shape, fits, names, stored
+from uvm.pressure import exhausted
 
 _TREES: dict[type, type] = {tree: tree._bucket_type for tree in (OOBTree, IOBTree, OIBTree, OOTreeSet)}
 _SHAPES: dict[type, Shape] = {PersistentMapping: {"data": lambda held: names(held) and stored(held.values())}}
@@ -50,6 +51,7 @@ class Connection(ZodbConnection):
         Raises:
             ForbiddenClass: its record names what the allow-list does not have.
             ImageDamaged: its record is missing or is none of its class.
+            ResourceExhausted: it can't be read now.
         """
         try:
             super().setstate(obj)
@@ -86,6 +88,8 @@ def _damaged(oid: Any, error: Exception) -> BatosError:
     cause = error.__cause__ or error
     if isinstance(cause, BatosError):
         return cause
+    if (pressed := exhausted(cause)) is not None:  # the record may well be sound
+        return pressed
     told = f"object {oid.hex() if isinstance(oid, bytes) else oid!r:.40}"
     if isinstance(cause, POSKeyError):
         return ImageDamaged(f"{told}: its record, or one that it needs, is missing ({oid_repr(oid)})")

@@ -1,0 +1,124 @@
+"""Real want for kernels under test: small disks, disks that turn read-only, few descriptors, little memory.
+
+A disk is a file system of its own, mounted where only a holder process and the kernels started with it see
+it; it is gone when the holder ends.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from evals.kernels import KernelProcess
+
+ON_DISK = {
+    "DB_FILE": "data/live_image.fs",
+    "BLOB_DIR": "data/live_image.fs.blob",
+    "METACOGNITION_LOG_FILE": "data/metacognition.jsonl",
+    "MIN_FREE_MIB": "0",
+}
+_BLOCK = b"\0" * 4096
+
+
+class Disk:
+    """A file system at `home/data`, for one kernel after the other.
+
+    Args:
+        home: of the kernels.
+        mount: what mounts it, in a shell, at `$0`.
+    """
+
+    def __init__(self, home: Path, mount: str) -> None:
+        self._home = home
+        place = home / "data"
+        place.mkdir(parents=True, exist_ok=True)
+        alone = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+        self.holder = subprocess.Popen(
+            [*alone, "sh", "-c", f"{mount} && echo mounted && exec cat", str(place)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self.holder.stdout is not None
+        assert self.holder.stderr is not None
+        if self.holder.stdout.readline() != b"mounted\n":
+            reason = self.holder.stderr.read().decode(errors="replace").strip()
+            self.close()
+            pytest.skip(f"no file system can be mounted here: {reason}")
+        self.path = Path(f"/proc/{self.holder.pid}/root{place}")
+
+    def close(self) -> None:
+        self.holder.communicate()
+
+    def kernel(self, settings: dict[str, str]) -> KernelProcess:
+        """Returns a kernel, not yet started, whose image and log are on this disk."""
+        kernel = KernelProcess(self._home, {**ON_DISK, **settings})
+        inside = ["nsenter", f"--target={self.holder.pid}", "--mount", f"--wdns={self._home}"]
+        if os.geteuid() != 0:
+            inside += ["--user", "--preserve-credentials"]
+        kernel.command = [*inside, *kernel.command]
+        return kernel
+
+    def fill(self, leave: int = 0) -> None:
+        """Takes all room but `leave` bytes."""
+        told = os.statvfs(self.path)
+        left = told.f_bavail * told.f_frsize - leave
+        with (self.path / "filler").open("ab", buffering=0) as filler:
+            try:
+                while left > 0:
+                    left -= filler.write(_BLOCK[:left])
+            except OSError:  # full
+                assert leave == 0
+
+    def free(self) -> None:
+        (self.path / "filler").unlink()
+
+
+def small_disk(home: Path, mib: int = 8) -> Disk:
+    return Disk(home, f'mount -t tmpfs -o size={mib}m none "$0"')
+
+
+def brittle_disk(home: Path) -> Disk:
+    """Returns an ext4 file system that an error turns read-only; called again, the same one."""
+    missing = [tool for tool in ("mkfs.ext4", "findmnt") if shutil.which(tool) is None]
+    if os.geteuid() != 0 or missing:
+        pytest.skip("needs root, mkfs.ext4 and findmnt")
+    file = home.parent / "brittle.ext4"
+    if not file.exists():
+        with file.open("wb") as image:
+            image.truncate(32 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-F", str(file)], check=True)
+    return Disk(home, f'mount -o loop,errors=remount-ro {file} "$0"')
+
+
+def turn_read_only(disk: Disk) -> None:
+    """Has the kernel of the system meet an error on a brittle disk."""
+    place = disk.path.relative_to(f"/proc/{disk.holder.pid}/root")
+    found = ["findmnt", "--noheadings", "--output=SOURCE", f"--task={disk.holder.pid}", f"/{place}"]
+    device = Path(subprocess.run(found, capture_output=True, text=True, check=True).stdout.strip()).name
+    Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("a test")
+
+
+@contextmanager
+def limited(pid: int, which: int, most: int) -> Iterator[None]:
+    """Gives a running process less of a resource, for a while."""
+    assert pid > 1
+    soft, hard = resource.prlimit(pid, which)
+    resource.prlimit(pid, which, (most, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, which, (soft, hard))
+
+
+def address_space(pid: int) -> int:
+    """Returns how many bytes of address space a process has taken."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    return pages * resource.getpagesize()

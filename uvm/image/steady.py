@@ -1,0 +1,64 @@
+"""A FileStorage that a full disk does not spoil.
+
+ZODB writes through Python's buffers. Where a write fails, what is in the buffer stays there: the truncation
+that is to take the failed transaction back fails with it, later reads fail, and once there is room again the
+rest is written, to where the next transaction has its place; a shorter one leaves garbage behind itself, and
+the next start finds a damaged file. Without buffers ZODB's own way back works. Layer 1.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from ZODB.FileStorage import FileStorage
+from ZODB.FileStorage.FileStorage import TempFormatter
+
+
+class _Whole(io.FileIO):
+    """A file that is written to at once and in full, or raises."""
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[super().write(rest) :]
+        return len(data)
+
+
+class SteadyFileStorage(FileStorage):
+    """A FileStorage whose files have no buffers, and whose scratch file does not stay large."""
+
+    @property
+    def _file(self) -> Any:
+        return self.__dict__["_file"]
+
+    @_file.setter
+    def _file(self, file: Any) -> None:  # a pack puts a new one here
+        self.__dict__["_file"] = _whole(file)
+
+    def _abort(self) -> None:
+        super()._abort()
+        self._tfile.truncate(0)  # what was too large must not keep the room of smaller ones
+
+
+def steady(storage: Any) -> Any:
+    """Returns an open storage; a FileStorage becomes one that a full disk does not spoil."""
+    if type(storage) is FileStorage and not storage.isReadOnly():
+        storage.__class__ = SteadyFileStorage  # zodburi makes plain ones
+        storage._file = storage._file
+        storage._tfile = _whole(storage._tfile)
+        storage._tfmt = TempFormatter(storage._tfile)
+    return storage
+
+
+def gave_up(storage: Any) -> bool:
+    """Returns whether a FileStorage has closed itself, as it does where a commit fails in its last step."""
+    return isinstance(storage, FileStorage) and bool(storage._file.closed)
+
+
+def _whole(file: Any) -> Any:
+    if isinstance(file, _Whole):
+        return file
+    whole = _Whole(file.name, "r+b")
+    file.close()
+    return whole
