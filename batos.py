@@ -219,10 +219,13 @@ class Kernel:
             report=self._fault,
         )
 
-    async def _committed(self, transaction_id: str, note: str, user: str) -> None:
-        try:
-            await self._log.record("commit", transaction_id=transaction_id, note=note, user=user)
-        except OSError as error:  # the commit stands; a log that can't be written must not deny it
+    def _committed(self, transaction_id: str, note: str, user: str) -> None:
+        record = self._log.post("commit", transaction_id=transaction_id, note=note, user=user)
+        record.add_done_callback(self._told)
+
+    def _told(self, record: asyncio.Future[None]) -> None:
+        error = record.exception()
+        if error is not None:  # the commit stands; a log that can't be written must not deny it
             self._fault(error)
 
     def _fault(self, error: BaseException) -> None:

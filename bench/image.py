@@ -8,7 +8,6 @@ in the same minutes on the same machine. Takes about ten minutes, most of them t
 from __future__ import annotations
 
 import asyncio
-import shutil
 import statistics
 import subprocess
 import sys
@@ -37,7 +36,9 @@ async def run() -> list[Figure]:
         home = Path(folder)
         figures = await _commits(home)
         for size in SIZES:
-            await asyncio.to_thread(_python, "-m", "bench.images", str(home / f"{size}" / "live_image.fs"), f"{size}")
+            await asyncio.to_thread(
+                _python, "-m", "bench.images", str(home / f"{size}" / "live_image.fs"), f"{size}"
+            )
         return figures + await _sizes(home) + await asyncio.to_thread(_copies, home)
 
 
@@ -77,7 +78,8 @@ async def _rates(clients: list[Kernel], bare_file: Path) -> list[Figure]:
                 rates[kind].append(await rate(work, MESSAGES))
     medians = {name: statistics.median(measured) for name, measured in rates.items()}
     return [
-        beside(f"commits, {len(clients)} clients, {kind}", medians[kind], "1/s", medians["bare"]) for kind in kinds
+        beside(f"commits, {len(clients)} clients, {kind}", medians[kind], "1/s", medians["bare"])
+        for kind in kinds
     ]
 
 

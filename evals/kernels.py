@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 from uvm.client import Kernel
@@ -21,9 +21,16 @@ LIVE = "[UVM] System is live. Awaiting Architect's command..."
 
 def free_endpoint() -> str:
     """Returns a loopback address that nothing listens at right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    return free_endpoints(1)[0]
+
+
+def free_endpoints(number: int) -> list[str]:
+    """Returns different loopback addresses that nothing listens at right now."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [f"tcp://127.0.0.1:{probe.getsockname()[1]}" for probe in probes]
 
 
 class KernelProcess:
@@ -39,11 +46,12 @@ class KernelProcess:
 
     def __init__(self, home: Path, settings: Mapping[str, str] | None = None) -> None:
         self.home = home
+        commands, events = free_endpoints(2)
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "BATOS_WATCHDOG_FD"},
             "BATOS_HOME": str(home),
-            "BATOS_ZMQ_ENDPOINT": free_endpoint(),
-            "BATOS_ZMQ_EVENTS_ENDPOINT": free_endpoint(),
+            "BATOS_ZMQ_ENDPOINT": commands,
+            "BATOS_ZMQ_EVENTS_ENDPOINT": events,
             "PYTHONUNBUFFERED": "1",
             **{f"BATOS_{name}": value for name, value in (settings or {}).items()},
         }

@@ -16,7 +16,7 @@ from typing import Any
 import pexpect
 import pytest
 
-from evals.kernels import PROJECT, KernelProcess, free_endpoint
+from evals.kernels import PROJECT, KernelProcess, free_endpoints
 from terminal.session import spell
 from terminal.values import as_json, as_text
 from tests.conftest import Start, scripted, writes
@@ -44,12 +44,13 @@ def home(tmp_path: Path) -> dict[str, str]:
     """The environment of a client whose kernel is not there; its model recites `READINGS`."""
     script = tmp_path / "readings.json"
     script.write_text(json.dumps(READINGS), encoding="utf-8")
+    commands, events = free_endpoints(2)
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("BATOS_")},
         "BATOS_HOME": str(tmp_path),
         "BATOS_VENV": sys.prefix,
-        "BATOS_ZMQ_ENDPOINT": free_endpoint(),
-        "BATOS_ZMQ_EVENTS_ENDPOINT": free_endpoint(),
+        "BATOS_ZMQ_ENDPOINT": commands,
+        "BATOS_ZMQ_EVENTS_ENDPOINT": events,
         "BATOS_LLAMA_MODEL_PATH": f"scripted:{script}",
     }
 

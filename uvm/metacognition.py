@@ -12,6 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,18 @@ _MOST_BITS = 10_000  # Python writes no int of more than 4,300 digits, which hav
 Listener = Callable[[str, dict[str, Any]], None]
 
 
-class _JsonLine(Formatter):  # type: ignore[misc]
+class _JsonLines(Formatter):  # type: ignore[misc]
     def format(self, record: Any) -> str:
-        try:
-            line = json.dumps(record.msg, ensure_ascii=False, default=repr)
-            line.encode()
-        except (TypeError, ValueError):  # what a message may hold, but JSON or UTF-8 may not
-            return json.dumps(_as_json(record.msg), default=_text)
-        return line
+        return "\n".join(map(_line, record.msg))
+
+
+def _line(told: dict[str, Any]) -> str:
+    try:
+        line = json.dumps(told, ensure_ascii=False, default=repr)
+        line.encode()
+    except (TypeError, ValueError):  # what a message may hold, but JSON or UTF-8 may not
+        return json.dumps(_as_json(told), default=_text)
+    return line
 
 
 def _as_json(value: Any) -> Any:
@@ -104,6 +109,20 @@ def _write(file: FileIO, data: bytes) -> None:
         rest = rest[file.write(rest) :]
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A record that waits for its turn."""
+
+    since: dt.datetime
+    event: str
+    fields: dict[str, Any]
+    written: asyncio.Future[None]
+
+    def line(self, seq: int) -> dict[str, Any]:
+        stamp = self.since.isoformat(timespec="milliseconds")
+        return {"ts": stamp, "seq": seq, "event": self.event, **self.fields}
+
+
 class MetacognitionLog:
     """Appends records to a JSON Lines file.
 
@@ -120,10 +139,11 @@ class MetacognitionLog:
             _set_aside(path)
             torn = False
         self._listeners = list(listeners)
-        self._lock = asyncio.Lock()
+        self._waiting: list[_Waiting] = []
+        self._writer: asyncio.Task[None] | None = None
         self._logger = Logger(name="metacognition")
         handler = _Handler(path, torn)
-        handler.formatter = _JsonLine()
+        handler.formatter = _JsonLines()
         self._logger.add_handler(handler)
 
     def listen(self, listener: Listener) -> None:
@@ -136,15 +156,31 @@ class MetacognitionLog:
         Raises:
             OSError: the line could not be written.
         """
-        async with self._lock:
-            self._seq += 1
-            stamp = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
+        await asyncio.shield(self.post(event, **fields))
+
+    def post(self, event: str, **fields: Any) -> asyncio.Future[None]:
+        """Queues one record behind those before it; the future is done when it is on disk, as `record` is."""
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        written.add_done_callback(lambda done: done.exception())  # nobody need wait for it
+        self._waiting.append(_Waiting(dt.datetime.now(dt.UTC), event, fields, written))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write())
+        return written
+
+    async def _write(self) -> None:
+        """Writes whatever waits, all that came meanwhile at once, until nothing does."""
+        while batch := self._waiting:
+            self._waiting = []
             try:
-                await self._logger.info({"ts": stamp, "seq": self._seq, "event": event, **fields})
-            except Exception:  # but a cancelled writer's line is written
-                self._seq -= 1
-                raise
-        self.announce(event, **fields)
+                await self._logger.info([waiting.line(self._seq + n) for n, waiting in enumerate(batch, 1)])
+            except Exception as error:
+                for waiting in batch:
+                    waiting.written.set_exception(error)
+            else:
+                self._seq += len(batch)
+                for waiting in batch:
+                    waiting.written.set_result(None)
+                    self.announce(waiting.event, **waiting.fields)
 
     def announce(self, event: str, **fields: Any) -> None:
         """Tells the listeners of something too fleeting for the log, such as a token."""
@@ -153,8 +189,9 @@ class MetacognitionLog:
 
     async def close(self) -> None:
         """Flushes and closes the file."""
-        async with self._lock:
-            await self._logger.shutdown()
+        if self._writer is not None:
+            await self._writer
+        await self._logger.shutdown()
 
 
 def _resume(path: Path) -> tuple[int, bool]:

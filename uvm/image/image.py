@@ -42,14 +42,14 @@ from uvm.image.defused import defuse
 from uvm.image.loading import Database
 from uvm.image.prototypes import UvmObject
 from uvm.image.steady import gave_up, steady
-from uvm.pressure import exhausted, typed
+from uvm.pressure import exhausted, started, typed
 
 SCHEMA = 1
 CONFLICT_RETRIES = 5
 POOL_SIZE = 64
 
 T = TypeVar("T")
-OnCommit = Callable[[str, str, str], Awaitable[None]]
+OnCommit = Callable[[str, str, str], object]
 
 
 async def blocking(work: Callable[[], T], thread: Executor) -> T:
@@ -240,7 +240,7 @@ class LivingImage:
         self._on_commit = on_commit
         self._on_end = on_end
         self._db: Any = None
-        self._committer = ThreadPoolExecutor(1, "commits")  # one at a time, as FileStorage has it
+        self._committer = started(ThreadPoolExecutor(1, "commits"), 1)  # one at a time, as FileStorage has it
 
     @classmethod
     def in_memory(cls) -> LivingImage:
@@ -353,7 +353,7 @@ class LivingImage:
             await blocking(lambda: self._commit_now(manager, txn), self._committer)
         finally:
             if txn.tid and self._on_commit is not None:
-                await self._on_commit(txn.tid, note, user)
+                self._on_commit(txn.tid, note, user)
 
     def _commit_now(self, manager: TransactionManager, txn: Txn) -> None:
         """Commits, in the one thread that does; so the newest transaction afterwards is this one."""
