@@ -230,8 +230,9 @@ class Kernel:
 
     def _fault(self, error: BaseException) -> None:
         """Tells of a fault of the kernel's own, with all that is needed to mend it."""
+        error = exhausted(error) or error
         if isinstance(error, (HomeError, ResourceExhausted)):  # it says what to do
-            say(str(error))
+            say(_told(error))
             return
         with suppress(OSError, MemoryError):
             traceback.print_exception(error, file=sys.stderr)
@@ -360,5 +361,6 @@ def _told(error: BatosError) -> str:
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(status)  # all is closed; a library that is still loading in a thread must not delay or disturb

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,56 @@ ON_DISK = {
     "METACOGNITION_LOG_FILE": "data/metacognition.jsonl",
     "MIN_FREE_MIB": "0",
 }
+# What a kernel takes for the wall clock and for fsync: both do as the first 16 bytes of a file say.
+_SHIM = """
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static volatile int64_t *told; /* seconds that the clock is off; the errno that fsync fails with */
+
+__attribute__((constructor)) static void begin(void) {
+    int file = open(getenv("SHIM_TOLD"), O_RDONLY);
+    told = mmap(0, 16, PROT_READ, MAP_SHARED, file, 0);
+    close(file);
+}
+
+int clock_gettime(clockid_t id, struct timespec *at) {
+    int failed = syscall(SYS_clock_gettime, id, at);
+    if (!failed && told && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) at->tv_sec += told[0];
+    return failed;
+}
+
+int gettimeofday(struct timeval *restrict at, void *restrict zone) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    at->tv_sec = now.tv_sec;
+    at->tv_usec = now.tv_nsec / 1000;
+    return 0;
+}
+
+time_t time(time_t *at) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (at) *at = now.tv_sec;
+    return now.tv_sec;
+}
+
+int fsync(int file) {
+    if (told && told[1]) {
+        errno = told[1];
+        return -1;
+    }
+    return syscall(SYS_fsync, file);
+}
+"""
 _BLOCK = b"\0" * 4096
 
 
@@ -104,6 +155,28 @@ def turn_read_only(disk: Disk) -> None:
     found = ["findmnt", "--noheadings", "--output=SOURCE", f"--task={disk.holder.pid}", f"/{place}"]
     device = Path(subprocess.run(found, capture_output=True, text=True, check=True).stdout.strip()).name
     Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("a test")
+
+
+class Shim:
+    """A library between a kernel and the C library."""
+
+    def __init__(self, folder: Path) -> None:
+        compiler = shutil.which("cc")
+        if compiler is None:
+            pytest.skip("needs a C compiler")
+        source, self._library, self._told = folder / "shim.c", folder / "shim.so", folder / "shim.told"
+        source.write_text(_SHIM)
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", str(self._library), str(source)], check=True)
+        self.tell()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"LD_PRELOAD": str(self._library), "SHIM_TOLD": str(self._told)}
+
+    def tell(self, clock_s: int = 0, fsync_errno: int = 0) -> None:
+        """Sets by how much the wall clock is off, and what fsync fails with."""
+        with self._told.open("r+b" if self._told.exists() else "wb") as file:
+            file.write(struct.pack("=qq", clock_s, fsync_errno))
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import resource
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -76,3 +78,55 @@ async def test_tokens_are_announced_but_not_logged(tmp_path: Path) -> None:
     assert heard == ["def"]
     assert not (tmp_path / "log").exists()
     await log.close()
+
+
+def set_aside(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name not in ("metacognition.jsonl", "log")]
+
+
+async def test_a_large_log_is_set_aside_at_the_start_and_seq_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metacognition.jsonl"
+    log = MetacognitionLog(path, max_mib=1)
+    await log.record("large", text="x" * (1 << 20))
+    await log.record("more")
+    await log.close()
+    before = path.read_bytes()
+    for _ in range(2):  # also where a kernel ended before it wrote anything
+        await MetacognitionLog(path, max_mib=1).close()
+        (aside,) = set_aside(tmp_path)
+        assert aside.read_bytes() == before
+        assert not path.exists()
+    log = MetacognitionLog(path, max_mib=1)
+    await log.record("new")
+    await log.close()
+    assert [record["seq"] for record in lines(path)] == [3]
+    await MetacognitionLog(path, max_mib=1).close()
+    assert path.exists()  # it is small
+
+
+async def test_a_limit_of_nothing_sets_no_log_aside(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text('{"seq": 7, "text": "' + "x" * (2 << 20) + '"}\n', encoding="utf-8")
+    log = MetacognitionLog(path, max_mib=0)
+    await log.record("next")
+    await log.close()
+    assert set_aside(tmp_path) == []
+    assert json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["event"] == "next"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
+async def test_a_line_that_does_not_fit_leaves_nothing_of_itself(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = MetacognitionLog(path)
+    await log.record("one")
+    limit = path.stat().st_size + 50
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            await log.record("two", text="x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    await log.record("three")
+    await log.close()
+    assert [(record["seq"], record["event"]) for record in lines(path)] == [(1, "one"), (2, "three")]

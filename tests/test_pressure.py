@@ -7,9 +7,13 @@ pressure ends the same kernel works as before.
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
+import errno
 import json
 import resource
 import shutil
+import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -18,10 +22,14 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import scripted, writes
-from tests.pressure import Disk, address_space, brittle_disk, limited, small_disk, turn_read_only
+from evals.kernels import KernelProcess
+from tests.conftest import Start, scripted, writes
+from tests.garden import Garden
+from tests.pressure import Disk, Shim, address_space, brittle_disk, limited, small_disk, turn_read_only
 from uvm.client import Kernel
-from uvm.errors import KernelUnreachable, ResourceExhausted
+from uvm.errors import KernelUnreachable, ResourceExhausted, ShuttingDown
+from uvm.hands.orders import FORK, pack_order
+from uvm.hands.pool import HandPool
 from uvm.image.image import LivingImage, Txn
 
 pytestmark = [
@@ -33,6 +41,7 @@ SQUARE = "def square(self, x):\n    return x * x"
 CUBE = "def cube(self, x):\n    return x * x * x"
 KEEP = "def keep(self, x):\n    self.kept = x\n    self._p_changed = True\n    return x"
 STALLS = {"pattern": "Write `def slow", "stall": True}
+DAY_S = 86_400
 LARGE = b"l" * 400_000
 
 
@@ -83,12 +92,10 @@ async def has_state(kernel: Kernel, mission_id: str, *states: str) -> bool:
     return row["state"] in states
 
 
-async def completed(kernel: Kernel, mission_id: str) -> dict[str, Any]:
-    """Waits for the end of a mission and returns its record."""
+async def completed(kernel: Kernel, mission_id: str) -> None:
+    """Waits for the good end of a mission."""
     await until(lambda: has_state(kernel, mission_id, "complete", "failed"))
-    row: dict[str, Any] = await kernel.request("mission", mission_id=mission_id)
-    assert row["state"] == "complete"
-    return row
+    assert await has_state(kernel, mission_id, "complete")
 
 
 async def until_refused(request: Callable[[], Awaitable[Any]]) -> ResourceExhausted:
@@ -119,10 +126,13 @@ async def until_there_is_room(request: Callable[[], Awaitable[Any]]) -> Any:
     return answers[0]
 
 
-def thoughts(disk: Disk) -> list[dict[str, Any]]:
-    """Returns all records of the log, each of them a whole line."""
-    lines = (disk.path / "metacognition.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def records(log: Path) -> list[dict[str, Any]]:
+    """Returns all records of a log, each of them a whole line."""
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+def seqs_on(disk: Disk) -> list[int]:
+    return [record["seq"] for record in records(disk.path / "metacognition.jsonl")]
 
 
 @contextmanager
@@ -170,7 +180,7 @@ async def test_a_full_disk_refuses_what_writes_and_nothing_else(disk: Disk, tmp_
         assert process.stop() == 0
     held = slots_in_image(disk, tmp_path)
     assert (held["before"], held["after"], held["large"]) == (1, 2, LARGE)
-    assert [record["seq"] for record in thoughts(disk)] == list(range(1, len(thoughts(disk)) + 1))
+    assert seqs_on(disk) == list(range(1, len(seqs_on(disk)) + 1))
 
 
 async def test_a_commit_that_does_not_fit_leaves_nothing_in_the_file(disk: Disk) -> None:
@@ -232,8 +242,8 @@ async def test_missions_under_way_outlast_a_full_disk(disk: Disk, tmp_path: Path
         disk.free()
         await kernel.request("cancel_mission", mission_id=slow)
         await until(lambda: has_state(kernel, slow, "cancelled"))
-        rows = [await completed(kernel, mission_id) for mission_id in (square, cube)]
-        assert [row["starts"] for row in rows] == [1, 1]
+        for mission_id in (square, cube):
+            await completed(kernel, mission_id)
         assert await kernel.send("genesis_obj", "cube", 3) == 27
         assert len(await kernel.request("missions")) == 3
         assert process.stop() == 0
@@ -251,12 +261,11 @@ async def test_a_cycle_that_the_disk_interrupts_goes_on_by_itself(disk: Disk, tm
         mission_id = error.details["mission_id"]
         assert (await kernel.request("mission", mission_id=mission_id))["state"] in ("queued", "running")
         disk.free()
-        row = await completed(kernel, mission_id)
-        assert row["starts"] == 1
+        await completed(kernel, mission_id)
         assert await kernel.send("genesis_obj", "square", 5) == 25
         assert process.stop() == 0
     assert "InternalError" not in process.log
-    assert [record["seq"] for record in thoughts(disk)] == list(range(1, len(thoughts(disk)) + 1))
+    assert seqs_on(disk) == list(range(1, len(seqs_on(disk)) + 1))
 
 
 async def test_a_mission_open_on_a_full_disk_is_taken_up_by_the_next_kernel(
@@ -300,6 +309,32 @@ async def test_no_start_on_a_full_disk_says_so(disk: Disk, tmp_path: Path) -> No
     process.kill()
 
 
+async def test_a_kernel_whose_output_has_no_room(start_kernel: Start, tmp_path: Path) -> None:
+    process = start_kernel(scripted(tmp_path, writes("square", SQUARE)))
+    assert process.stop() == 0
+    ended = subprocess.Popen(  # noqa: ASYNC220 (it returns at once)
+        ["sh", "-c", 'exec "$@" >/dev/full 2>&1', "sh", *process.command],
+        env=process.environment,
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        async with process.client() as kernel:
+            assert await kernel.send("genesis_obj", "square", 3) == 9
+            await kernel.request("shutdown")
+        assert await asyncio.to_thread(ended.wait, 20) == 0
+    finally:
+        ended.kill()
+
+
+async def test_a_marker_that_a_power_cut_left_empty_is_written_again(tmp_path: Path) -> None:
+    for content in ("bushy", ""):
+        image = LivingImage(str(tmp_path / "live_image.fs"), tmp_path / "blobs")
+        image.open()
+        image.close()
+        assert (tmp_path / "blobs" / ".layout").read_text() == "bushy"
+        (tmp_path / "blobs" / ".layout").write_text("" if content else "bushy")
+
+
 async def test_a_disk_that_turns_read_only(tmp_path: Path) -> None:
     disk = brittle_disk(tmp_path / "home")
     try:
@@ -331,40 +366,131 @@ async def test_a_disk_that_turns_read_only(tmp_path: Path) -> None:
         disk.close()
 
 
-async def test_no_descriptors(disk: Disk, tmp_path: Path) -> None:
-    async with started(disk, scripted(tmp_path, writes("square", SQUARE))) as (process, kernel):
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_maker_of_hands_outlasts_an_order_whose_sockets_did_not_reach_it(pool: HandPool) -> None:
+    """The system drops them where it has no descriptors for them."""
+    garden = Garden(pool)
+    plant = garden.plant("plant_obj", SQUARE)
+    zygote, restarts = pool._stock.living(), pool.restarts
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        zygote._send(pack_order(FORK, [2**31, 2**31 + 1]), [theirs.fileno()])
+    for n in range(2 * pool.spares):
+        assert (await garden.send(plant, "square", n)).result == n * n
+    assert pool.restarts == restarts
+
+
+def impatient(process: KernelProcess) -> Kernel:
+    """Returns a client that gives up soon."""
+    commands, events = (process.environment[f"BATOS_ZMQ_{kind}ENDPOINT"] for kind in ("", "EVENTS_"))
+    return Kernel(commands, events, process.home / "keys", connect_timeout_s=1.0)
+
+
+async def test_no_descriptors(start_kernel: Start, tmp_path: Path) -> None:
+    process = start_kernel(scripted(tmp_path, [*writes("square", SQUARE), *writes("cube", CUBE)]))
+    async with process.client() as kernel:
         assert await kernel.send("genesis_obj", "square", 3) == 9
-        with limited(process.pid, resource.RLIMIT_NOFILE, 3):
+        with limited(process.pid, resource.RLIMIT_NOFILE, 3):  # no further one
             error = await until_refused(lambda: kernel.send("genesis_obj", "square", 4))
             assert error.details["resource"] == "descriptors"
+            mission_id = (await refused(kernel.teach("genesis_obj", "cube", ["x"]), "descriptors")).details[
+                "mission_id"
+            ]
             await set_slot(kernel, "meanwhile", 1)
             assert await slot(kernel, "meanwhile") == 1
-            await kernel.request("ping")
+            assert (await kernel.request("ping"))["pid"] == process.pid
             await kernel.request("status")
             with pytest.raises(KernelUnreachable):
-                async with process.client():
+                async with impatient(process):
                     pass
         assert await kernel.send("genesis_obj", "square", 5) == 25
+        await completed(kernel, mission_id)
+        assert await kernel.send("genesis_obj", "cube", 3) == 27
         async with process.client() as other:
             assert await other.send("genesis_obj", "square", 6) == 36
-        assert process.stop() == 0
+        assert await slot(kernel, "meanwhile") == 1
+    assert process.stop() == 0
+    assert "Traceback" not in process.log
 
 
-async def test_no_memory(disk: Disk, tmp_path: Path) -> None:
-    async with started(disk, scripted(tmp_path, writes("square", SQUARE))) as (process, kernel):
+async def test_no_memory(start_kernel: Start, tmp_path: Path) -> None:
+    process = start_kernel(scripted(tmp_path, writes("square", SQUARE)))
+    async with process.client() as kernel:
         assert await kernel.send("genesis_obj", "square", 3) == 9
+        await set_slot(kernel, "before", 1)
         with limited(process.pid, resource.RLIMIT_AS, address_space(process.pid) + (6 << 20)):
-            for size in (15 << 20, 8 << 20, 4 << 20, 3 << 20):
-                try:
-                    async with asyncio.timeout(20):
-                        await kernel.request(
-                            "send_message", target_oid="genesis_obj", selector="square", args=[b"x" * size]
-                        )
-                except Exception as error:
-                    print(size, repr(error)[:200], getattr(error, "details", None))
-            assert process.process.poll() is None, process.log
-            await kernel.request("ping")
+            for size in (15 << 20, 8 << 20, 2 << 20):
+                await refused(set_slot(kernel, "large", b"l" * size), "memory")
+                await refused(kernel.send("genesis_obj", "square", b"l" * size), "memory")
+            await asyncio.gather(
+                *(refused(set_slot(kernel, "x", b"l" * (2 << 20)), "memory") for _ in range(9))
+            )
+            assert await slot(kernel, "before") == 1
+            assert (await kernel.request("ping"))["pid"] == process.pid
             await kernel.request("status")
+        await set_slot(kernel, "large", b"l" * (8 << 20))
         assert await kernel.send("genesis_obj", "square", 5) == 25
-        assert process.stop() == 0
-        print(process.log)
+    assert process.stop() == 0
+    assert "Traceback" not in process.log
+
+
+async def test_a_clock_that_jumps(start_kernel: Start, tmp_path: Path) -> None:
+    shim = Shim(tmp_path)
+    process = start_kernel(scripted(tmp_path, writes("square", SQUARE)), environment=shim.environment)
+    missions, early = [], dt.datetime.now(dt.UTC)
+    async with process.client() as kernel:
+        await set_slot(kernel, "n", -1)
+        before = dt.datetime.now(dt.UTC)
+        for n, clock_s in enumerate((0, -DAY_S, 365 * DAY_S, -DAY_S, 0)):
+            shim.tell(clock_s=clock_s)
+            await set_slot(kernel, "n", n)
+            missions.append((await kernel.teach("genesis_obj", "square", ["x"]))["mission_id"])
+            assert await kernel.send("genesis_obj", "square", n) == n * n
+            async with process.client() as other:  # a handshake under this clock
+                assert await slot(other, "n") == n
+        assert missions == sorted(missions)
+        assert [row["mission_id"] for row in await kernel.request("missions")] == missions[::-1]
+        then = await kernel.request(
+            "send_message", target_oid="genesis_obj", selector="n", as_of=before, on_missing="error"
+        )
+        assert then == -1
+        told = records(process.home / "metacognition.jsonl")
+        commits = [record for record in told if record["event"] == "commit"]
+        tids = [record["transaction_id"] for record in commits]
+        assert tids == sorted(set(tids))
+        of_n = [record["transaction_id"] for record in commits if record["note"] == "set_slot genesis_obj n"]
+        for n, tid in enumerate(of_n, -1):
+            seen = await kernel.request("send_message", target_oid="genesis_obj", selector="n", as_of=tid)
+            assert seen == n
+        years = {dt.datetime.fromisoformat(record["ts"]).year for record in told}
+        assert {early.year, (early + dt.timedelta(days=365)).year} <= years  # told as the clock had it
+        assert [record["seq"] for record in told] == list(range(1, len(told) + 1))
+    process.kill()
+    process.start()
+    async with process.client() as kernel:
+        assert await slot(kernel, "n") == 4
+        await set_slot(kernel, "n", 5)
+    assert process.stop() == 0
+    assert "Traceback" not in process.log
+
+
+async def test_a_commit_that_fails_in_its_last_step_ends_the_kernel(
+    start_kernel: Start, tmp_path: Path
+) -> None:
+    """FileStorage closes itself then; a kernel that lived on could neither read nor write."""
+    shim = Shim(tmp_path)
+    process = start_kernel(scripted(tmp_path, []), environment=shim.environment)
+    async with process.client() as kernel:
+        await set_slot(kernel, "before", 1)
+        shim.tell(fsync_errno=errno.EIO)
+        with pytest.raises(ShuttingDown, match="whether this change was kept"):
+            await set_slot(kernel, "after", 2)
+        assert process.process is not None
+        assert await asyncio.to_thread(process.process.wait, 20) == 3
+    shim.tell()
+    process.start()
+    async with process.client() as kernel:
+        assert await slot(kernel, "before") == 1
+        await set_slot(kernel, "after", 3)
+        assert await slot(kernel, "after") == 3
+    assert process.stop() == 0

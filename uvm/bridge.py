@@ -24,7 +24,7 @@ from uvm.errors import BatosError, KernelRefused, MalformedMessage, ShuttingDown
 from uvm.keys import AllowedClients
 from uvm.listening import LINGER_MS, Limits, listen, received
 from uvm.messages import Command, Rejected, pack_error, pack_result, parse_request
-from uvm.pressure import exhausted
+from uvm.pressure import check_memory, exhausted
 from uvm.publisher import Publisher
 
 Handler = Callable[[Command], Awaitable[Any]]
@@ -33,6 +33,7 @@ INCOMING, OUTGOING = 64, 256  # requests and replies of one connection that wait
 EVENTS = 1000  # events that wait in ZeroMQ for one subscriber
 REPLY_PATIENCE_S = 30.0  # how long a reply waits for a client that does not read
 RETRY_S, LONGEST_RETRY_S = 0.005, 0.5
+LARGE, COPIES = 1 << 16, 6  # bytes of a request for which memory must be there, as often as it is copied
 MOST_READ_REFUSED = 1 << 16  # bytes of a refused message that are read to echo its id
 _BEGINNING = re.compile(rb"[\x80-\x8f]\xa1v\x01\xa2id([\xa1-\xbf])")  # {v: 1, id: a short string, …}
 
@@ -149,6 +150,8 @@ class Bridge:
         try:
             if not self._clients.allows(key):
                 raise _revoked()
+            if len(payload) > LARGE:
+                check_memory(COPIES * len(payload))
             self._admission.enter(key, envelope[0], len(payload))
         except BatosError as refusal:
             self._send(envelope, pack_error(_id_of(payload), refusal))

@@ -8,7 +8,9 @@ bridge) ask here first. Layer 0: knows the errors only.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +82,22 @@ def _resource(error: BaseException) -> str | None:
         return "memory" if str(error) == _NO_THREAD else None
     number = getattr(error, "errno", None)  # an OSError's, or a ZMQError's, which is none
     return _RESOURCES.get(number) if isinstance(number, int) else None
+
+
+def check_memory(size: int) -> None:
+    """Refuses what will need so many bytes, where the process can't have them.
+
+    Native code below may end the process where an allocation fails (ormsgpack and libzmq do), so it must not
+    come to that. Costs no memory, since nothing is written to it.
+
+    Raises:
+        ResourceExhausted: it can't.
+    """
+    with typed():
+        if sys.platform == "win32":
+            mmap.mmap(-1, size).close()
+        else:
+            mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
 
 
 def started(threads: ThreadPoolExecutor, number: int) -> ThreadPoolExecutor:

@@ -41,7 +41,7 @@ from uvm.image import allowed, values
 from uvm.image.defused import defuse
 from uvm.image.loading import Database
 from uvm.image.prototypes import UvmObject
-from uvm.image.steady import gave_up, steady
+from uvm.image.steady import gave_up, steady, whole_layout
 from uvm.pressure import exhausted, started, typed
 
 SCHEMA = 1
@@ -272,6 +272,7 @@ class LivingImage:
                 factory, options = zodburi.resolve_uri(self.location)
                 return steady(factory()), options
             Path(self.location).parent.mkdir(parents=True, exist_ok=True)
+            whole_layout(self._blob_dir)
             return steady(FileStorage(self.location, blob_dir=str(self._blob_dir))), {}
         except LockError:
             raise ImageLocked(

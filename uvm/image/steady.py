@@ -9,8 +9,10 @@ the next start finds a damaged file. Without buffers ZODB's own way back works. 
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
+from ZODB.blob import LAYOUT_MARKER
 from ZODB.FileStorage import FileStorage
 from ZODB.FileStorage.FileStorage import TempFormatter
 
@@ -49,6 +51,13 @@ def steady(storage: Any) -> Any:
         storage._tfile = _whole(storage._tfile)
         storage._tfmt = TempFormatter(storage._tfile)
     return storage
+
+
+def whole_layout(blob_dir: Path) -> None:
+    """Writes the marker of a folder of blobs again, where a power cut left it empty: ZODB expects a name."""
+    marker = blob_dir / LAYOUT_MARKER
+    if marker.is_file() and not marker.stat().st_size:
+        marker.write_text("bushy")  # as ZODB makes every new folder
 
 
 def gave_up(storage: Any) -> bool:
