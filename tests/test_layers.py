@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"uvm.errors", "uvm.states"},
+    {"uvm.errors", "uvm.states", "uvm.process"},
     {"uvm.codec", "uvm.capabilities", "uvm.grant_options", "uvm.keyfiles", "uvm.handshakes"},
     {"uvm.messages", "uvm.keys"},
     {"uvm.lanes", "uvm.metacognition", "uvm.image", "uvm.guardian", "uvm.client"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"uvm.missions", "uvm.objects", "uvm.awakening"},
     {"uvm.granting"},
     {"uvm.commands"},
-    {"uvm.admission", "uvm.listening"},
+    {"uvm.admission", "uvm.listening", "uvm.heartbeat"},
     {"uvm.publisher"},
     {"uvm.bridge"},
 ]
