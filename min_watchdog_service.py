@@ -320,20 +320,24 @@ class Watchdog:
 
 
 def rotate(log: IO[bytes]) -> bytes:
-    """Copies a log to `.1` and empties it, since its writer holds it open; returns what had not been read."""
+    """Copies a log to `.1` and empties it, since its writer holds it open; returns what had not been read.
+
+    Only what is written in the instant between the last look and the emptying is lost.
+    """
     path, read = Path(log.name), log.tell()
     copy = path.with_name(f"{path.name}.new")
     try:
-        with path.open("rb") as source, copy.open("wb") as target:
-            shutil.copyfileobj(source, target)
+        with copy.open("wb", buffering=0) as target:
+            log.seek(0)
+            shutil.copyfileobj(log, target)
+            for number in range(KEPT, 0, -1):
+                newer = path.with_name(f"{path.name}.{number - 1}") if number > 1 else copy
+                with suppress(FileNotFoundError):
+                    newer.replace(path.with_name(f"{path.name}.{number}"))
             log.seek(read)
             unread = log.read()
-            target.write(unread[target.tell() - read :])  # what came meanwhile
-        for number in range(KEPT, 0, -1):
-            newer = path.with_name(f"{path.name}.{number - 1}") if number > 1 else copy
-            with suppress(FileNotFoundError):
-                newer.replace(path.with_name(f"{path.name}.{number}"))
-        os.truncate(path, 0)
+            target.write(unread[target.tell() - read :])
+            os.truncate(path, 0)
     except OSError:
         log.seek(read)
         copy.unlink(missing_ok=True)
