@@ -78,6 +78,10 @@ class Lifeline:
         with contextlib.suppress(OSError):
             self._socket.send(sign)
 
+    def close(self) -> None:
+        """Lets go of the socket; not while its end is watched."""
+        self._socket.close()
+
 
 class Heartbeat:
     """Pings this kernel and tells the watchdog of each answer.
