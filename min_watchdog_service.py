@@ -121,8 +121,10 @@ class Watchdog:
         """
         if to not in MOVES[self.state]:
             raise ValueError(f"{self.state} -> {to} is no move of the watchdog")
-        say(f"[WATCHDOG] {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {self.state} -> {to}: {why}")
-        event = {"ts": round(time.time(), 3), "from": self.state, "to": to, "why": why, "pid": self.pid}
+        now = datetime.now(UTC)
+        say(f"[WATCHDOG] {now:%Y-%m-%dT%H:%M:%SZ} {self.state} -> {to}: {why}")
+        stamp = now.isoformat(timespec="milliseconds")
+        event = {"ts": stamp, "from": self.state, "to": to, "why": why, "pid": self.pid}
         with suppress(OSError), (self.run_dir / "watchdog.jsonl").open("a", encoding="utf-8") as events:
             events.write(json.dumps(event) + "\n")
         self.state = to

@@ -5,9 +5,12 @@ Real kernels under it: `test_heartbeat.py`.
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
+import plistlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +26,8 @@ import pytest
 from min_watchdog_service import MOVES, State, Watchdog, rotate
 
 SERVICE = Path(__file__).parent.parent / "min_watchdog_service.py"
+OPERATIONS = (SERVICE.parent / "docs" / "OPERATIONS.md").read_text("utf-8")
+WIDE = {"COLUMNS": "200"}  # no help is wrapped
 QUICK = {"--startsecs": "0.3", "--retries": "0", "--backoff": "0.05", "--stop-timeout": "20"}
 SAYS_PID = "import os; print('pid', os.getpid(), flush=True)"
 LIVES = (
@@ -155,9 +160,59 @@ def test_every_state_has_a_row() -> None:
 
 
 def test_the_documented_table_is_this_table() -> None:
-    text = (SERVICE.parent / "docs" / "OPERATIONS.md").read_text("utf-8")
-    rows = re.findall(r"^\| ([A-Z]+) \| .* \| (.*) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| ([A-Z]+) \| .* \| (.*) \|$", OPERATIONS, re.MULTILINE)
     assert {state: set(re.findall("[A-Z]+", moves)) for state, moves in rows} == MOVES
+
+
+def test_the_documented_options_are_these_options() -> None:
+    command = [sys.executable, str(SERVICE), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | WIDE).stdout
+    told = {}
+    for entry in re.findall(r"^  (--[a-z].*?)(?=^  --|\Z)", text, re.MULTILINE | re.DOTALL):
+        default = re.search(r"\(default: ([\d.]+)\)", entry)
+        told[entry.split()[0]] = default[1] if default else ""
+    rows = re.findall(r"^\| `(--[a-z-]+)(?: \w+)?` \| .* \| ([\d.]+|.*) \|$", OPERATIONS, re.MULTILINE)
+    documented = {name: default if default[0].isdigit() else "" for name, default in rows}
+    assert "--hang-timeout" in told
+    assert documented == told
+
+
+def snippet(language: str, mark: str) -> str:
+    """The block of code of the operator's manual that contains `mark`."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", OPERATIONS, re.MULTILINE | re.DOTALL)
+    return str(next(block for block in blocks if mark in block))
+
+
+def test_the_systemd_unit_says_what_the_watchdog_needs(tmp_path: Path) -> None:
+    text = snippet("ini", "[Service]")
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string(text)
+    service = unit["Service"]
+    assert service["KillMode"] == "mixed"
+    assert int(service["TimeoutStopSec"]) > 20  # the watchdog's own --stop-timeout
+    assert service["RestartPreventExitStatus"] == "1"
+    taken = {"RestrictNamespaces", "SystemCallFilter", "PrivateUsers", "MemoryDenyWriteExecute"}
+    assert not taken & service.keys()  # hands need these
+    if shutil.which("systemd-analyze"):
+        here = text.replace("/opt/batos", str(SERVICE.parent)).replace("User=batos", "User=root")
+        path = tmp_path / "batos.service"
+        path.write_text(here)
+        found = subprocess.run(
+            ["systemd-analyze", "verify", str(path)], capture_output=True, text=True, timeout=60
+        )
+        assert (found.returncode, [line for line in found.stderr.splitlines() if path.name in line]) == (
+            0,
+            [],
+        )
+
+
+def test_the_launchd_plist_says_what_the_watchdog_needs() -> None:
+    plist = plistlib.loads(snippet("xml", "<plist").encode())
+    assert plist["ProgramArguments"] == ["/opt/batos/puter.sh", "kernel"]
+    assert plist["KeepAlive"] is False
+    assert plist["ExitTimeOut"] > 20
+    assert plist["Umask"] == 0o077
 
 
 @pytest.mark.parametrize(("state", "to"), [(state, to) for state in State for to in State])
