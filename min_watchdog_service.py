@@ -348,9 +348,10 @@ def rotate(log: IO[bytes]) -> bytes:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Prints; a window that was closed must not keep the watchdog from its work."""
+    """Prints; a window that was closed, or knows few letters, must not keep the watchdog from its work."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        print(text, end=end, flush=True)
+        print(text.encode(encoding, "replace").decode(encoding), end=end, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -386,8 +387,9 @@ def keep(watchdog: Watchdog, pid_file: IO[str]) -> int:
         say(f"Another watchdog (pid {read_pid(pid_file)}) keeps the kernel of {watchdog.run_dir.parent}.")
         return 1
     write_pid(pid_file, os.getpid())
-    if sys.platform != "win32" and stat.S_ISREG(os.fstat(1).st_mode):  # a log that is emptied at times
-        fcntl.fcntl(1, fcntl.F_SETFL, fcntl.fcntl(1, fcntl.F_GETFL) | os.O_APPEND)
+    with suppress(OSError):  # our output may be `watchdog.log`, which is emptied at times
+        if sys.platform != "win32" and stat.S_ISREG(os.fstat(1).st_mode):
+            fcntl.fcntl(1, fcntl.F_SETFL, fcntl.fcntl(1, fcntl.F_GETFL) | os.O_APPEND)
     for number in filter(lambda known: known.name in STOP_SIGNALS, signal.Signals):
         if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, watchdog.ask_to_stop)
@@ -414,14 +416,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="given to the kernel")
     options = vars(parser.parse_args(arguments))
     run_dir = Path(os.environ.get("BATOS_HOME") or PROJECT).expanduser().resolve() / "run"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "watchdog.pid").open("a+") as pid_file:
-        if not options.pop("pid"):
-            return keep(Watchdog(run_dir, **options), pid_file)
-        if lock(pid_file):
-            return 1
-        print(read_pid(pid_file))
-        return 0
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / "watchdog.pid").open("a+") as pid_file:
+            if not options.pop("pid"):
+                return keep(Watchdog(run_dir, **options), pid_file)
+            if lock(pid_file):
+                return 1
+            print(read_pid(pid_file))
+            return 0
+    except OSError as error:
+        say(f"The watchdog can't work in {run_dir} ({error}); make room or give it the right to write there.")
+        return 1
 
 
 if __name__ == "__main__":

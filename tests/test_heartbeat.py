@@ -326,7 +326,7 @@ async def test_a_kernel_that_answers_no_more_is_started_again(
     kept: Kept, tmp_path: Path, wedge: str, stands: str
 ) -> None:
     """A blocked event loop, and a bridge that nobody reads from while the loop goes on."""
-    kept.start(kernel_file(tmp_path, wedge), hang_timeout="4", startsecs="1", start_timeout="30")
+    kept.start(kernel_file(tmp_path, wedge), hang_timeout="6", startsecs="1", start_timeout="30")
     first = kept.running()
     os.kill(first, signal.SIGUSR2)
     second = await asyncio.to_thread(kept.live, 2)
@@ -341,7 +341,7 @@ async def test_a_kernel_that_answers_no_more_is_started_again(
 @pytest.mark.slow
 @linux
 async def test_a_stopped_kernel_is_killed_and_comes_back(kept: Kept) -> None:
-    kept.start(hang_timeout="3", startsecs="1", start_timeout="30")
+    kept.start(hang_timeout="6", startsecs="1", start_timeout="30")
     first = kept.running()
     theirs = descendants(first)
     assert theirs
@@ -545,7 +545,7 @@ def began(record: dict[str, Any]) -> float:
 @pytest.mark.slow
 @pytest.mark.model
 async def test_a_long_generation_is_no_hang_and_a_stop_in_it_is_orderly(tmp_path: Path) -> None:
-    hang_s = 4
+    hang_s = 6
     model = "qwen2.5-coder-1.5b-instruct-q4_k_m"
     kept = Kept(
         tmp_path / "home",

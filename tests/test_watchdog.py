@@ -17,8 +17,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import pytest
@@ -71,6 +72,7 @@ class Service:
         *arguments: str,
         stdout: IO[bytes] | int = subprocess.PIPE,
         under: str | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
         **options: str,
     ) -> subprocess.Popen[str]:
         path = self.home / "batos.py"
@@ -79,9 +81,12 @@ class Service:
         flags = [word for option in chosen.items() for word in option]
         command = [sys.executable, str(SERVICE), "--kernel", str(path), *flags, *arguments]
         command = [under, *command] if under else command
-        environment = os.environ | {"BATOS_HOME": str(self.home)}
         process = subprocess.Popen(
-            command, env=environment, text=True, stdout=stdout, stderr=subprocess.STDOUT
+            command,
+            env=os.environ | {"BATOS_HOME": str(self.home)} | dict(environment),
+            text=True,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
         )
         self.started.append(process)
         return process
@@ -461,6 +466,23 @@ def test_arguments_behind_the_dashes_go_to_the_kernel(service: Service) -> None:
     status, output = finish(service.start("import sys; print(sys.argv[1:])", "--", "--safe", "1"))
     assert status == 0
     assert "['--safe', '1']" in output
+
+
+def test_a_folder_that_can_not_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("no folder")
+    environment = os.environ | {"BATOS_HOME": str(tmp_path / "home")}
+    told = subprocess.run([sys.executable, str(SERVICE)], env=environment, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert re.fullmatch(r"The watchdog can't work in \S+ \(.*\); make room .*\n", told.stdout)
+    assert told.stderr == ""
+
+
+@pytest.mark.slow
+def test_letters_that_its_output_does_not_know_do_not_end_it(service: Service) -> None:
+    kernel = r"import sys; sys.stdout.buffer.write(b'gr\xc3\xbc\xc3\x9fe \xff')"
+    status, output = finish(service.start(kernel, environment={"PYTHONIOENCODING": "ascii"}))
+    assert status == 0
+    assert "gr??e ?" in output
 
 
 # Events, hangs, orphans, logs

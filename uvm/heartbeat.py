@@ -124,7 +124,7 @@ class Heartbeat:
 
     async def _beat(self) -> None:
         for number in itertools.count(1):
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, zmq.ZMQError):
                 async with asyncio.timeout(PATIENCE_S):
                     await self._socket.send(pack_request(str(number), "ping", {}))
                     await self._socket.recv()  # whatever it says: the bridge answers
