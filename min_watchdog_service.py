@@ -146,7 +146,8 @@ class Watchdog:
             time.sleep(POLL_S)
             free = lock(self.owner)
         if not (free or self.stop_asked) and pid.isdigit() and int(pid) > 1:
-            os.kill(int(pid), signal.SIGKILL)  # it is that process: nobody else has inherited the lock
+            with suppress(OSError):  # it has just ended
+                os.kill(int(pid), signal.SIGKILL)  # it is that process: nobody else has inherited the lock
             free = lock(self.owner, 10 * LOCK_TRIES)
         if free or self.stop_asked:
             self.move(State.STOPPED, "it has ended" if free else "asked to stop")
@@ -236,9 +237,9 @@ class Watchdog:
 
     def spawn(self) -> None:
         """Starts the kernel in a session of its own: a Ctrl-C in this terminal reaches it through us only."""
-        environment = (
-            os.environ | {"PYTHONUNBUFFERED": "1"} | ({"BATOS_SAFE_MODE": "true"} if self.safe else {})
-        )
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        if self.safe:
+            environment["BATOS_SAFE_MODE"] = "true"
         how: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         theirs = None
         if sys.platform == "win32":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -429,6 +430,30 @@ async def test_a_bare_kernel_ends_in_good_order_in_the_middle_of_a_generation(
     assert "Not everything ended" not in process.log
     assert "Traceback" not in process.log
     assert await open_missions(process) == [("running", 1)]
+
+
+@pytest.mark.slow
+@linux
+def test_a_kernel_whose_terminal_is_closed_ends_in_good_order(tmp_path: Path) -> None:
+    """It hears SIGHUP, and every line that it prints from then on is an error."""
+    kernel = KernelProcess(tmp_path / "home", scripted(tmp_path, []))
+    command = [sys.executable, str(PROJECT / "batos.py")]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, command, kernel.environment)
+    shown = b""
+    while LIVE.encode() not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    ended = [0, 0]
+
+    def has_ended() -> bool:
+        ended[:] = os.waitpid(pid, os.WNOHANG)
+        return ended[0] == pid
+
+    wait_until(has_ended)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
+    asyncio.run(open_missions(kernel))  # nobody has the image open
 
 
 def bare(kept: Kept, file: Path) -> subprocess.Popen[bytes]:
