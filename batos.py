@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import importlib.metadata
 import os
-import signal
 import sys
 import time
 import traceback
@@ -25,6 +24,7 @@ from urllib.parse import parse_qsl
 
 from config import PROJECT, Settings
 from uvm import messages as m
+from uvm import process
 from uvm.awakening import CATALOG, ROOT, awaken
 from uvm.bridge import Bridge
 from uvm.broker.broker import Broker
@@ -32,6 +32,7 @@ from uvm.commands import Commands
 from uvm.errors import BatosError, HomeError, ResourceExhausted, ShuttingDown
 from uvm.granting import Granting
 from uvm.hands.pool import HandPool
+from uvm.heartbeat import Heartbeat, Lifeline
 from uvm.image.image import LivingImage
 from uvm.keys import ensure_keys
 from uvm.lanes import Lane
@@ -53,21 +54,31 @@ CODE = ("uvm", "terminal", "codex", "evals", "bench", "tests", "docs", ".git", "
 EXIT_CANNOT_START = 2
 EXIT_IMAGE_CLOSED = 3  # a new start is needed, and helps
 THREADS = 8  # for commits, the log and the like; all started with the kernel
+EXIT_INTERRUPTED = 130
 GRACE_S = 3.0
-MAX_DESCRIPTORS = 65_536
+SHUTDOWN_S = 15.0  # the watchdog kills 20 s after SIGTERM
 
 
 def say(line: str) -> None:
-    """Prints one line as the kernel."""
-    with suppress(OSError):  # what it prints goes to a file, whose disk may be full
+    """Prints one line as the kernel; a terminal that was closed must not disturb it."""
+    with suppress(OSError):
         print(f"[UVM] {line}", flush=True)
 
 
 class Kernel:
-    """One kernel on one image."""
+    """One kernel on one image.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        lifeline: leads to its watchdog, if it has one.
+        on_stop: called once it has been told to stop, before anything is closed.
+    """
+
+    def __init__(
+        self, settings: Settings, lifeline: Lifeline | None = None, on_stop: Callable[[], None] = lambda: None
+    ) -> None:
         self._settings = settings
+        self._lifeline = lifeline
+        self._on_stop = on_stop
         self._started = time.monotonic()
         _versions()
         self._stop = asyncio.Event()
@@ -91,6 +102,7 @@ class Kernel:
             closing.append(warming.cancel)
             await self._stop.wait()
             say("Shutting down...")
+            self._on_stop()
         finally:
             for close in reversed(closing):
                 closed = close()
@@ -127,22 +139,37 @@ class Kernel:
             say("Prototypal awakening: the primordial objects are born")
         for line in await self._broker.finish_moves():
             say(f"Files of a commit that was cut short: {line}")
-        _admit_many_connections()
+        process.admit_many_connections()
         for line in ensure_keys(settings.KEYS_DIR):
             say(line)
         await self._bridge.start()
         closing.append(lambda: self._bridge.close(GRACE_S))
         closing.append(self._missions.close)
+        self._start_heartbeat(closing)
         self._log.listen(self._bridge.publish)
         await self._log.record("kernel", change="live", pid=os.getpid())
-        resumed = await self._missions.resume()
+        resumed = 0 if settings.SAFE_MODE else await self._missions.resume()
         endpoints = (settings.ZMQ_ENDPOINT, settings.ZMQ_EVENTS_ENDPOINT)
         if beyond := ", ".join(filter(reaches_beyond, endpoints)):
             say(f"Listening beyond this machine at {beyond}; whoever holds an admitted key may do everything")
         say(f"Listening at {settings.ZMQ_ENDPOINT}, events at {settings.ZMQ_EVENTS_ENDPOINT}")
         if resumed:
             say(f"Missions taken up from the journal: {resumed}")
+        if settings.SAFE_MODE:
+            say(
+                f"Safe mode: nothing starts by itself; missions that wait in the journal: "
+                f"{await self._open_missions()}. To leave it: ./puter.sh stop, then ./puter.sh "
+                "(without BATOS_SAFE_MODE)"
+            )
         say("System is live. Awaiting Architect's command...")
+
+    def _start_heartbeat(self, closing: list[Callable[[], Any]]) -> None:
+        if self._lifeline is None:
+            return
+        heartbeat = Heartbeat(self._bridge.address, self._settings.KEYS_DIR, self._lifeline.tell)
+        closing.append(heartbeat.close)
+        self._bridge.admit(heartbeat.public_key)
+        heartbeat.start()
 
     def _tell_of_hands(self) -> None:
         tier, layers = self._hands.tier, self._hands.layers
@@ -260,6 +287,8 @@ class Kernel:
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self._started, 3),
             "home": str(self._settings.HOME),
+            "safe_mode": self._settings.SAFE_MODE,
+            "open_missions": await self._open_missions(),
             "image": {"location": self._image.location, "bytes": self._image.size(), "objects": objects},
             "models": self._mind.resident(),
             "queue": {lane.name: lane.told() for lane in (self._message_lane, self._mission_lane)},
@@ -267,19 +296,13 @@ class Kernel:
             "versions": _versions(),
         }
 
+    async def _open_missions(self) -> int:
+        async with self._image.reading() as txn:
+            return len(txn.root["open_missions"])
+
     async def _shutdown(self, _: m.Shutdown) -> Any:
         asyncio.get_running_loop().call_later(0.05, self.stop)  # the reply first
         return {"pid": os.getpid()}
-
-
-def _admit_many_connections() -> None:
-    """Takes as many descriptors as the system gives: each connection is one, a stranger's too for a while."""
-    if sys.platform != "win32":
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _embedder(settings: Settings) -> Embedder:
@@ -319,18 +342,16 @@ def _versions() -> dict[str, str]:
 
 
 async def serve(settings: Settings) -> int:
-    """Runs a kernel until a signal, a shutdown command, or its watchdog's end; returns the exit status."""
-    kernel = Kernel(settings)
-    loop = asyncio.get_running_loop()
-    if sys.platform == "win32":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK):
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(kernel.stop))
-    else:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, kernel.stop)
-    watchdog = os.environ.get("BATOS_WATCHDOG_FD")
-    if watchdog is not None:  # a pipe that the watchdog never writes to: its end means that it is gone
-        loop.add_reader(int(watchdog), kernel.stop)
+    """Runs a kernel until a signal, a shutdown command, or its watchdog's end; returns the exit status.
+
+    Raises:
+        HomeError: it can't start with what it found; the text says what to do.
+    """
+    lifeline = Lifeline.inherited()
+    kernel = Kernel(settings, lifeline, lambda: process.end_within(SHUTDOWN_S, say))
+    process.heed_signals(kernel.stop, say)
+    if lifeline is not None:
+        lifeline.watch(kernel.stop)
     await kernel.run()
     return kernel.exit_status
 
@@ -342,6 +363,7 @@ def main() -> int:
     ).parse_args()
     if sys.platform == "win32":  # pyzmq needs a loop with add_reader
         asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
+    process.tell_where_it_stands()
     try:
         settings = Settings()
         settings.HOME.mkdir(parents=True, exist_ok=True)
@@ -352,6 +374,8 @@ def main() -> int:
             raise
         print(f"[UVM] can't start: {_told(reason)}", file=sys.stderr, flush=True)
         return EXIT_CANNOT_START
+    except KeyboardInterrupt:  # before there was anything to stop
+        return EXIT_INTERRUPTED
 
 
 def _told(error: BatosError) -> str:

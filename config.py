@@ -120,6 +120,9 @@ class Settings(BaseSettings):
     ALLOW_WEAK_SANDBOX: bool = False
     """Whether generated code runs where the system has no sandbox for it (tier C; see docs/SECURITY.md)."""
 
+    SAFE_MODE: bool = False
+    """Whether nothing starts by itself: missions wait in the journal. The watchdog sets it after crashes."""
+
     AUTOTELIC_INTERVAL_S: float = Field(default=3600.0, ge=1)
     """Seconds between two heartbeats of the autotelic loop. (No organ reads this yet.)"""
     APPROVAL: Literal["auto"] = "auto"

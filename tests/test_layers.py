@@ -8,6 +8,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"uvm.errors", "uvm.states"},
     {"uvm.pressure", "uvm.codec", "uvm.capabilities", "uvm.grant_options", "uvm.keyfiles", "uvm.handshakes"},
+    {"uvm.errors", "uvm.states", "uvm.process"},
+    {"uvm.codec", "uvm.capabilities", "uvm.grant_options", "uvm.keyfiles", "uvm.handshakes"},
     {"uvm.messages", "uvm.keys"},
     {"uvm.lanes", "uvm.metacognition", "uvm.image", "uvm.guardian", "uvm.client"},
     {"uvm.hands", "uvm.memory", "uvm.mind"},
@@ -19,7 +21,7 @@ LAYERS = [
     {"uvm.missions", "uvm.objects", "uvm.awakening"},
     {"uvm.granting"},
     {"uvm.commands"},
-    {"uvm.admission", "uvm.listening"},
+    {"uvm.admission", "uvm.listening", "uvm.heartbeat"},
     {"uvm.publisher"},
     {"uvm.bridge"},
 ]

@@ -22,7 +22,7 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from uvm.admission import Admission
 from uvm.errors import BatosError, KernelRefused, MalformedMessage, ShuttingDown
 from uvm.keys import AllowedClients
-from uvm.listening import LINGER_MS, Limits, listen, received
+from uvm.listening import LINGER_MS, Limits, listen, reachable, received
 from uvm.messages import Command, Rejected, pack_error, pack_result, parse_request
 from uvm.pressure import check_memory, exhausted
 from uvm.publisher import Publisher
@@ -89,6 +89,15 @@ class Bridge:
             raise
         self._reader = asyncio.create_task(self._read_requests())
 
+    @property
+    def address(self) -> str:
+        """Where a client on this machine reaches the commands, whatever the endpoint left open."""
+        return reachable(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
+
+    def admit(self, key: str) -> None:
+        """Admits a key of the kernel's own: nothing in `keys_dir` revokes it, and no share bounds it."""
+        self._clients.admit(key)
+
     def publish(self, event: str, fields: dict[str, Any]) -> None:
         """Publishes an event if anybody subscribed to it; a slow subscriber misses some."""
         self._publisher.publish(event, fields)
@@ -152,14 +161,17 @@ class Bridge:
                 raise _revoked()
             if len(payload) > LARGE:
                 check_memory(COPIES * len(payload))
-            self._admission.enter(key, envelope[0], len(payload))
+            own = self._clients.is_own(key)  # a heartbeat must not wait for what others have under way
+            if not own:
+                self._admission.enter(key, envelope[0], len(payload))
         except BatosError as refusal:
             self._send(envelope, pack_error(_id_of(payload), refusal))
             return False
         task = asyncio.create_task(self._answer(envelope, key, payload))
         self._requests.add(task)
         task.add_done_callback(self._requests.discard)
-        task.add_done_callback(lambda _: self._admission.leave(key, envelope[0], len(payload)))
+        if not own:
+            task.add_done_callback(lambda _: self._admission.leave(key, envelope[0], len(payload)))
         return True
 
     async def _answer(self, envelope: list[bytes], key: str, payload: bytes) -> None:

@@ -151,6 +151,7 @@ class AllowedClients:
         self._folder = keys_dir / "clients"
         self._report = report
         self._names: dict[str, str] = {}
+        self._own: set[str] = set()
         self._stamp: tuple[int, ...] = ()  # the times of the folder and its files when they were read
         self._settled = False
         self._file_times: tuple[int, ...] = ()
@@ -159,10 +160,18 @@ class AllowedClients:
         self.revocations = 0
         self.refresh()
 
+    def admit(self, key: str) -> None:
+        """Admits a public key of the kernel's own, in Z85: it is in no file, so nobody can revoke it."""
+        self._own.add(key)
+
+    def is_own(self, key: str) -> bool:
+        """Returns whether the kernel itself admitted this public key."""
+        return key in self._own
+
     def allows(self, key: str) -> bool:
         """Returns whether this public key, in Z85, may connect or go on."""
         self.refresh()
-        return key in self._names
+        return key in self._names or key in self._own
 
     def refresh(self) -> None:
         """Reads the folder again if it has changed."""
@@ -189,7 +198,8 @@ class AllowedClients:
     def callback(self, domain: str, key: bytes) -> bool:
         """Answers pyzmq's authenticator at each handshake; reads the folder whatever its time says."""
         self._read()
-        return key.decode("ascii") in self._names
+        name = key.decode("ascii")
+        return name in self._names or name in self._own
 
     def _read(self) -> bool:
         """Returns whether the folder could be read; where the system has no room for that, the list stays."""

@@ -81,3 +81,8 @@ def reaches_beyond(endpoint: str) -> bool:
         return not ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:  # the name of an interface or of a host, or * for all
         return host != "lo"
+
+
+def reachable(endpoint: str) -> str:
+    """Returns how a client on this machine connects to an address that we listen at, all of ours included."""
+    return endpoint.replace("://0.0.0.0:", "://127.0.0.1:").replace("://[::]:", "://[::1]:")
