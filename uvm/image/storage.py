@@ -20,7 +20,7 @@ from ZODB._compat import Pickler, _protocol
 from ZODB.FileStorage import FileStorage
 from ZODB.fsIndex import fsIndex
 
-from uvm.image.chain import MAGIC, ChainReader
+from uvm.image.chain import MAGIC, UNFINISHED, ChainReader
 
 MIN_STEP = 32 << 20  # bytes that the file grows by before its index is saved again
 _BYTES_OF_AN_ENTRY = 8
@@ -211,7 +211,9 @@ def _fits(index: Index, reader: ChainReader) -> bool:
     start = index.end - 8 - int.from_bytes(reader.bytes_at(index.end - 8, 8))
     records: list[tuple[bytes, int]] = []
     found = reader.sound(start, records) if start >= len(MAGIC) else None
-    if found is None or found.shift or (found.tid, found.end) != (index.tid, index.end):
+    if found is None or found.shift or found.status == UNFINISHED:
+        return False
+    if (found.tid, found.end) != (index.tid, index.end):
         return False
     try:
         return all(index.entries.get(oid) == place for oid, place in dict(records).items())
