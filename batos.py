@@ -129,8 +129,15 @@ class Kernel:
             settings.METACOGNITION_LOG_FILE, max_mib=settings.METACOGNITION_LOG_MAX_MIB
         )
         closing.append(self._log.close)
-        self._image = LivingImage(settings.DB_FILE, settings.BLOB_DIR, self._committed, self._image_closed)
-        self._image.open()
+        self._image = LivingImage(
+            settings.DB_FILE,
+            settings.BLOB_DIR,
+            self._committed,
+            self._image_closed,
+            cache_objects=settings.CACHE_OBJECTS,
+            cache_mib=settings.CACHE_MIB,
+        )
+        self._image.open(say)
         closing.append(self._image.close)
         say(f"Living image: {settings.DB_FILE}")
         self._build_organs()
@@ -281,15 +288,14 @@ class Kernel:
         return {"pid": os.getpid(), "uptime_s": round(time.monotonic() - self._started, 3)}
 
     async def _status(self, _: m.Status) -> Any:
-        async with self._image.reading() as txn:
-            objects = len(txn.names)
+        image = self._image
         return {
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self._started, 3),
             "home": str(self._settings.HOME),
             "safe_mode": self._settings.SAFE_MODE,
             "open_missions": await self._open_missions(),
-            "image": {"location": self._image.location, "bytes": self._image.size(), "objects": objects},
+            "image": {"location": image.location, "bytes": image.size(), "records": image.records()},
             "models": self._mind.resident(),
             "queue": {lane.name: lane.told() for lane in (self._message_lane, self._mission_lane)},
             "sandbox": {"tier": self._hands.tier, "layers": self._hands.layers},

@@ -62,6 +62,10 @@ class Settings(BaseSettings):
     """The living image: a file, or any zodburi URI (`zeo://…`, `postgresql://…`)."""
     BLOB_DIR: Path = Path("live_image.fs.blob")
     """Blobs of an image that is a file."""
+    CACHE_OBJECTS: int = Field(default=10_000, ge=100)
+    """Objects of the image that each connection keeps in memory between its units of work."""
+    CACHE_MIB: int = Field(default=16, ge=1, le=65_536)
+    """Memory that they may need, in MiB for each connection; one unit of work may need more."""
     KEYS_DIR: Path = Path("keys")
     """CURVE keys of the kernel and its clients; made on the first run, mode 0600."""
     METACOGNITION_LOG_FILE: Path = Path("metacognition.jsonl")

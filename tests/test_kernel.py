@@ -221,7 +221,7 @@ async def test_every_command_answers(start_kernel: Start, tmp_path: Path) -> Non
         assert (await ask("cancel_mission", mission_id=missions[0]["mission_id"]))["state"] == "complete"
         status = await ask("status")
         assert status["home"] == str(process.home)
-        assert status["image"]["objects"] == 8
+        assert status["image"]["records"] > 8
         assert status["sandbox"]["tier"]
         assert (await ask("shutdown"))["pid"] == process.pid
         assert answered == COMMANDS.keys()

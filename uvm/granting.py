@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
-from uvm.errors import SlotNotFound, SlotProtected
+from uvm.errors import ObjectNotFound, SlotNotFound, SlotProtected
 from uvm.grant_options import FilesOptions, HttpOptions, NoOptions
 from uvm.hands.natives import NATIVES, RESERVED
+from uvm.image import history
 from uvm.image.grants import Grant
 from uvm.image.image import LivingImage, Txn
 from uvm.image.prototypes import UvmObject
@@ -53,6 +55,7 @@ class Granting:
                     f"{slot!r} of {found.label} is no grant; choose another slot for it", slot=slot
                 )
             grant = found._slots[slot] = Grant(options.kind, chosen)
+            history.note_holder(found)
             return _told(found, slot, grant)
 
         return await self._image.attempt(f"grant {target} {slot} {options.kind}", unit, user=USER)
@@ -81,11 +84,14 @@ class Granting:
                 held = txn.find(target).grants_in_reach()
                 return [_told(owner, slot, grant) for slot, (owner, grant) in sorted(held.items())]
             rows = []
-            for number, found in enumerate(txn.names.values()):
+            for number, oid in enumerate(txn.root["holders"]):
                 if number % _BREATH == 0:
                     await asyncio.sleep(0)
-                rows += [_told(found, slot, grant) for slot, grant in sorted(found.grants().items())]
-            return rows
+                    txn.spare_memory()
+                with suppress(ObjectNotFound):  # whose making was undone
+                    found = txn.find(oid)
+                    rows += [_told(found, slot, grant) for slot, grant in found.grants().items()]
+            return sorted(rows, key=lambda row: (row["object"], row["slot"]))
 
 
 def _told(owner: UvmObject, slot: str, grant: Grant) -> dict[str, Any]:

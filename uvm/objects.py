@@ -17,6 +17,7 @@ from uvm.image.prototypes import UvmObject, is_data
 from uvm.messenger import selectors
 
 USER = "architect"
+_BREATH = 100  # objects between two looks at the memory
 
 
 class Objects:
@@ -52,6 +53,8 @@ class Objects:
                     break
                 methods = {key: [*method.parameters] for key, method in found.methods().items()}
                 rows.append({"name": name, "oid": found.oid, "selectors": methods})
+                if len(rows) % _BREATH == 0:
+                    txn.spare_memory()
         return rows
 
     async def create(self, name: str, parents: list[str] | None, slots: dict[str, Any]) -> str:

@@ -75,4 +75,4 @@ def find_class(_connection: Any, module: str, name: str) -> Any:
 
 def foundations() -> dict[str, Any]:
     """Returns what the root of a new image holds."""
-    return {"names": OOBTree(), "missions": OOBTree(), "open_missions": OOTreeSet()}
+    return {"names": OOBTree(), "missions": OOBTree(), "open_missions": OOTreeSet(), "holders": OOTreeSet()}

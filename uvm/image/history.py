@@ -39,6 +39,14 @@ def check_place(target: UvmObject, selector: str) -> None:
         raise SlotProtected(f"{held[0].label}.{selector} is a grant; choose another selector", slot=selector)
 
 
+def note_holder(target: UvmObject) -> None:
+    """Notes that an object of the image holds a method or a grant, so that it is found without a walk."""
+    if target._p_jar is not None:
+        holders = target._p_jar.root()["holders"]
+        if target.oid not in holders:
+            holders.add(target.oid)
+
+
 def install(target: UvmObject, method: UvmMethod) -> None:
     """Puts a method into its target; the version that it replaces becomes its history.
 
@@ -46,6 +54,7 @@ def install(target: UvmObject, method: UvmMethod) -> None:
         SlotProtected: the method would hide a grant or replace data.
     """
     check_place(target, method.selector)
+    note_holder(target)
     earlier = target._slots.get(method.selector)
     target._slots[method.selector] = earlier.succeed(method) if isinstance(earlier, UvmMethod) else method
 

@@ -17,19 +17,14 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import zodburi
 from persistent.mapping import PersistentMapping
 from transaction import TransactionManager
-from zc.lockfile import LockError
-from ZODB.FileStorage import FileStorage
-from ZODB.POSException import ConflictError, POSError, POSKeyError, UndoError
+from ZODB.POSException import POSKeyError, UndoError
 
 from uvm.codec import is_oid
 from uvm.errors import (
     BatosError,
     Conflict,
-    ImageDamaged,
-    ImageLocked,
     InvalidField,
     NotUndoable,
     ObjectExists,
@@ -37,16 +32,15 @@ from uvm.errors import (
     ShuttingDown,
     TransactionNotFound,
 )
-from uvm.image import allowed, values
-from uvm.image.defused import defuse
-from uvm.image.loading import Database
+from uvm.image import values
+from uvm.image.loading import typed_errors
+from uvm.image.opening import open_database
 from uvm.image.prototypes import UvmObject
-from uvm.image.steady import gave_up, steady, whole_layout
-from uvm.pressure import exhausted, started, typed
+from uvm.image.recovery import Tell
+from uvm.image.steady import gave_up
+from uvm.pressure import started
 
-SCHEMA = 1
 CONFLICT_RETRIES = 5
-POOL_SIZE = 64
 
 T = TypeVar("T")
 OnCommit = Callable[[str, str, str], object]
@@ -68,18 +62,6 @@ async def blocking(work: Callable[[], T], thread: Executor) -> T:
         done.exception()  # nobody else will look
         raise cancelled
     return done.result()
-
-
-@contextmanager
-def _typed_errors(note: str) -> Iterator[None]:
-    """Turns what ZODB raises into errors of the tree."""
-    try:
-        with typed():
-            yield
-    except ConflictError as error:
-        raise Conflict(f"other transactions kept winning ({error})", note=note) from error
-    except RecursionError as error:
-        raise ImageDamaged("a value of the image is nested too deeply to be read", note=note) from error
 
 
 class Txn:
@@ -104,7 +86,7 @@ class Txn:
 
     @property
     def root(self) -> PersistentMapping:
-        """The root of the database: `names`, `missions`, `open_missions`, `schema`."""
+        """The root of the database: `names`, `missions`, `open_missions`, `holders`, `schema`."""
         return self._connection.root()
 
     @property
@@ -188,6 +170,10 @@ class Txn:
         """Drops the in-memory state of unchanged objects: the next access reads the stored form."""
         self._connection.cacheMinimize()
 
+    def spare_memory(self) -> None:
+        """Lets go of unchanged objects beyond the size of the cache; for walks over many."""
+        self._connection.cacheGC()
+
     def savepoint(self) -> Any:
         """Returns a savepoint: `rollback()` undoes what comes after it; nothing reaches the disk."""
         return self._manager.savepoint()
@@ -226,6 +212,8 @@ class LivingImage:
         blob_dir: folder of the blobs of an image that is a file.
         on_commit: called after each commit with the transaction's id, note and user.
         on_end: called when the storage has closed itself, and only a new start helps.
+        cache_objects: objects that each connection keeps in memory between units of work.
+        cache_mib: MiB that they may need.
     """
 
     def __init__(
@@ -234,9 +222,14 @@ class LivingImage:
         blob_dir: Path,
         on_commit: OnCommit | None = None,
         on_end: Callable[[], None] | None = None,
+        *,
+        cache_objects: int = 10_000,
+        cache_mib: int = 16,
     ) -> None:
         self.location = location
         self._blob_dir = blob_dir
+        self._cache_objects = cache_objects
+        self._cache_mib = cache_mib
         self._on_commit = on_commit
         self._on_end = on_end
         self._db: Any = None
@@ -247,57 +240,24 @@ class LivingImage:
         """Returns an image that lives in memory alone: for tests and demonstrations."""
         return cls("memory://", Path())
 
-    def open(self) -> None:
-        """Opens the database, and lays the foundations of a new one.
+    def open(self, tell: Tell = lambda line: None) -> None:
+        """Opens the database; lays the foundations of a new one, mends and migrates an older one.
+
+        Args:
+            tell: called with a line for each thing that was not as a clean end leaves it.
 
         Raises:
             ImageLocked: another process has it open.
-            ImageDamaged: the file can't be read.
+            ImageDamaged: it can't be read; the text says what to do.
             ForbiddenClass: the root holds what the allow-list does not know.
         """
-        defuse()
-        storage, options = self._storage()
-        options |= {"pool_size": POOL_SIZE, "historical_pool_size": POOL_SIZE}
-        try:
-            with _typed_errors("opening"):
-                self._db = Database(storage, **options)
-                self._lay_foundations()
-        except BaseException:
-            storage.close()
-            raise
-
-    def _storage(self) -> tuple[Any, dict[str, Any]]:
-        try:
-            if "://" in self.location:
-                factory, options = zodburi.resolve_uri(self.location)
-                return steady(factory()), options
-            Path(self.location).parent.mkdir(parents=True, exist_ok=True)
-            whole_layout(self._blob_dir)
-            return steady(FileStorage(self.location, blob_dir=str(self._blob_dir))), {}
-        except LockError:
-            raise ImageLocked(
-                f"another kernel has {self.location} open; stop it with ./puter.sh stop", path=self.location
-            ) from None
-        except KeyError as error:
-            raise ImageDamaged(f"DB_FILE: {error.args[0]}", path=self.location) from None
-        except (POSError, ValueError, OSError, EOFError) as error:
-            if (pressed := exhausted(error)) is not None:
-                raise pressed from error
-            raise ImageDamaged(
-                f"{self.location} can't be opened ({type(error).__name__}: {error}); restore a copy of it",
-                path=self.location,
-            ) from error
-
-    def _lay_foundations(self) -> None:
-        with self._db.transaction("foundations of a new image") as connection:
-            root = connection.root()
-            if "schema" not in root:
-                root.update(allowed.foundations(), schema=SCHEMA)
-            if root["schema"] != SCHEMA:
-                raise ImageDamaged(
-                    f"the image has schema {root['schema']}, this kernel knows {SCHEMA}; use a newer one",
-                    path=self.location,
-                )
+        self._db = open_database(
+            self.location,
+            self._blob_dir,
+            tell,
+            cache_objects=self._cache_objects,
+            cache_mib=self._cache_mib,
+        )
 
     def close(self) -> None:
         """Closes the database; safe to call twice."""
@@ -321,7 +281,7 @@ class LivingImage:
             unit.user = user
             txn = Txn(manager, connection)
             try:
-                with _typed_errors(note):
+                with typed_errors(note):
                     yield txn
                     if unit.isDoomed():
                         manager.abort()
@@ -386,7 +346,7 @@ class LivingImage:
             raise InvalidField(f"as_of: {error}", field="as_of") from None
         try:
             manager.begin()
-            with _typed_errors("reading"):
+            with typed_errors("reading"):
                 yield Txn(manager, connection, writable=False)
         finally:
             manager.abort()
@@ -426,6 +386,10 @@ class LivingImage:
     def size(self) -> int:
         """Returns the size of the database in bytes, without blobs."""
         return int(self._db.getSize())
+
+    def records(self) -> int:
+        """Returns how many objects have a record, parts of other objects included, without reading any."""
+        return int(self._db.objectCount())
 
     def storage_undo(self, tid: str, unit: Any) -> None:
         """Joins the undoing of transaction `tid` to `unit`.

@@ -18,6 +18,7 @@ from uvm.errors import MissionNotFound
 from uvm.image.image import Txn
 from uvm.image.shapes import Shape, a, names
 
+_BREATH = 200  # rows between two looks at the memory
 QUEUED, RUNNING, COMPLETE, FAILED, CANCELLED = "queued", "running", "complete", "failed", "cancelled"
 
 
@@ -110,7 +111,11 @@ def finish(txn: Txn, mission_id: str, state: str, outcome: dict[str, Any]) -> No
 def newest(txn: Txn, state: str | None, limit: int) -> Iterator[MissionRow]:
     """Yields up to `limit` rows, the newest first, of one state or of any."""
     mission_id = txn.missions.maxKey() if txn.missions else None
+    looked_at = 0
     while mission_id is not None and limit:
+        looked_at += 1
+        if looked_at % _BREATH == 0:
+            txn.spare_memory()
         row = txn.missions[mission_id]
         if state is None or row.state == state:
             limit -= 1

@@ -6,6 +6,8 @@ give a BTree a neighbour that is none, and the C code behind it would end the pr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from BTrees.IOBTree import IOBTree
@@ -19,10 +21,10 @@ from ZODB.DB import DB
 from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError
 from ZODB.utils import oid_repr
 
-from uvm.errors import BatosError, ImageDamaged
+from uvm.errors import BatosError, Conflict, ImageDamaged
 from uvm.image import allowed
 from uvm.image.shapes import Shape, fits, names, stored
-from uvm.pressure import exhausted
+from uvm.pressure import exhausted, typed
 
 _TREES: dict[type, type] = {tree: tree._bucket_type for tree in (OOBTree, IOBTree, OIBTree, OOTreeSet)}
 _SHAPES: dict[type, Shape] = {PersistentMapping: {"data": lambda held: names(held) and stored(held.values())}}
@@ -82,6 +84,18 @@ class Database(DB):
 
     def __init__(self, storage: Any, **options: Any) -> None:
         super().__init__(storage, class_factory=allowed.find_class, **options)
+
+
+@contextmanager
+def typed_errors(note: str) -> Iterator[None]:
+    """Turns what ZODB raises into errors of the tree."""
+    try:
+        with typed():
+            yield
+    except ConflictError as error:
+        raise Conflict(f"other transactions kept winning ({error})", note=note) from error
+    except RecursionError as error:
+        raise ImageDamaged("a value of the image is nested too deeply to be read", note=note) from error
 
 
 def _damaged(oid: Any, error: Exception) -> BatosError:

@@ -30,9 +30,18 @@ class _Whole(io.FileIO):
 class SteadyFileStorage(FileStorage):
     """A FileStorage whose files have no buffers, and whose scratch file does not stay large."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._be_steady()
+
+    def _be_steady(self) -> None:
+        self._file = self._file
+        self._tfile: Any = _whole(self._tfile)
+        self._tfmt = TempFormatter(self._tfile)
+
     @property
     def _file(self) -> Any:
-        return self.__dict__["_file"]
+        return self.__dict__.get("_file")
 
     @_file.setter
     def _file(self, file: Any) -> None:  # a pack puts a new one here
@@ -47,9 +56,7 @@ def steady(storage: Any) -> Any:
     """Returns an open storage; a FileStorage becomes one that a full disk does not spoil."""
     if type(storage) is FileStorage and not storage.isReadOnly():
         storage.__class__ = SteadyFileStorage  # zodburi makes plain ones
-        storage._file = storage._file
-        storage._tfile = _whole(storage._tfile)
-        storage._tfmt = TempFormatter(storage._tfile)
+        storage._be_steady()
     return storage
 
 
@@ -66,7 +73,7 @@ def gave_up(storage: Any) -> bool:
 
 
 def _whole(file: Any) -> Any:
-    if isinstance(file, _Whole):
+    if file is None or isinstance(file, _Whole):
         return file
     whole = _Whole(file.name, "r+b")
     file.close()
