@@ -173,7 +173,7 @@ async def test_a_full_disk_refuses_what_writes_and_nothing_else(disk: Disk, tmp_
         assert await slot(kernel, "before") == 1
         assert await kernel.send("genesis_obj", "square", 4) == 16
         assert (await kernel.request("ping"))["pid"] == process.pid
-        assert (await kernel.request("status"))["image"]["objects"] > 0
+        assert (await kernel.request("status"))["image"]["records"] > 0
         disk.free()
         await set_slot(kernel, "after", 2)
         await set_slot(kernel, "large", LARGE)
