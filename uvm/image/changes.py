@@ -256,10 +256,9 @@ def _records(db: Any, tid: bytes) -> list[bytes]:
             told = f"transaction {tid.hex()} lies before the image's history, which was packed"
             raise TransactionNotFound(told, transaction_id=tid.hex())
         return [record.oid for record in transaction]
-    earlier = f"; the history begins with {begins(db).hex()}"
-    raise TransactionNotFound(
-        f"no transaction {tid.hex()} in the image{earlier}", transaction_id=tid.hex(), begins=begins(db).hex()
-    )
+    first = begins(db).hex()
+    told = f"no transaction {tid.hex()} in the image; the history begins with {first}"
+    raise TransactionNotFound(told, transaction_id=tid.hex(), begins=first)
 
 
 def _status(transaction: Any) -> str:
