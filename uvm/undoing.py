@@ -14,7 +14,7 @@ from uvm.codec import Ref
 from uvm.errors import NotUndoable, ObjectNotFound
 from uvm.image import journal
 from uvm.image.changes import ABSENT, Absent, Change, Changes, Held, same, settled
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage, Txn, blocking
 from uvm.memory.catalog import KnowledgeCatalog
 
 
@@ -52,10 +52,10 @@ class Undoing:
         done: list[Txn] = []
 
         async def unit(txn: Txn) -> None:
-            clashes = _clashes(txn, self._memory(txn), changes)
+            clashes = await blocking(lambda: _clashes(txn, self._memory(txn), changes))
             if clashes:
                 await self._refuse(txn, changes, clashes[0])
-            self._apply(txn, changes)
+            await blocking(lambda: self._apply(txn, changes))
             done.append(txn)
 
         await self._image.attempt(f"undo {tid}", unit, user=user)
