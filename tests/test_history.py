@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime as dt
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from terminal.display import Display
 from uvm.awakening import CATALOG, ROOT, awaken, primordial
 from uvm.errors import (
     InvalidField,
@@ -466,3 +468,31 @@ class TestVersions:
 async def _root(world: World) -> set[str]:
     async with world.image.reading() as txn:
         return set(txn.root)
+
+
+def test_the_terminal_shows_versions_to_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    source = "def f(self):\n    return 1\n"
+    row = {
+        "version": 1,
+        "sha256": "ab" * 32,
+        "source": source,
+        "diff": "",
+        "created": 1.7e9,
+        "user": "architect",
+    }
+    row |= {"reason": "Says\n\x1b one.", "model": "qwen", "transaction_id": "0" * 16}
+    one = {
+        **row,
+        "source": source.replace("1", "2"),
+        "version": 2,
+        "user": None,
+        "created": None,
+        "reason": None,
+    }
+    other = {**one, "diff": history.diff(row, one), "broken": ["o.g relies on this method"]}
+    Display().answer("method_history", [row, other])
+    first, marks, *rest = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"version 1  2023-11-1\d \d\d:\d\d:\d\d  architect  Says \\x1b one.", first)
+    assert marks == f"qwen  abababababab  {'0' * 16}"
+    assert rest[:3] == ["def f(self):", "    return 1", "version 2"]
+    assert rest[-3:] == ["-    return 1", "+    return 2", "breaks: o.g relies on this method"]

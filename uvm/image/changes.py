@@ -22,11 +22,12 @@ from ZODB.POSException import POSKeyError, StateLoadError
 from ZODB.utils import z64
 
 from uvm import codec
-from uvm.errors import ImageDamaged, NotUndoable, TransactionNotFound
+from uvm.errors import BatosError, ImageDamaged, NotUndoable, TransactionNotFound
 from uvm.image import values
 from uvm.image.prototypes import UvmObject
 
 _PACKED = "p"
+MAX_REVISIONS = 100  # of a record, looked through for who changed it last
 _TRIES, _PAUSE_S = 50, 0.02  # for a file that is being appended to at this very moment
 _NODES = (OOBTree, OOBucket, IOBTree, IOBucket, OIBTree, OIBucket)
 
@@ -109,12 +110,13 @@ def since(db: Any, oid: str, tid: str, slot: str | None = None, limit: int = 5) 
         slot: only those that changed this slot, where the record holds slots.
     """
     found: list[dict[str, str]] = []
-    revisions = db.history(bytes.fromhex(oid), 100) or []
+    revisions = db.history(bytes.fromhex(oid), MAX_REVISIONS) or []
+    with _Past(db, at=db.lastTransaction()) as past:
+        values_then = [past.slot(oid, revision["tid"], slot) if slot else None for revision in revisions]
     for number, revision in enumerate(revisions):
         if len(found) == limit or revision["tid"].hex() <= tid:
             break
-        before = revisions[number + 1] if number + 1 < len(revisions) else None
-        if slot is None or before is None or _slot_differs(db, oid, slot, revision["tid"], before["tid"]):
+        if slot is None or number + 1 == len(revisions) or values_then[number] != values_then[number + 1]:
             told = {"note": revision["description"], "user": revision["user_name"].strip()}
             found.append({"transaction_id": revision["tid"].hex(), **told})
     return found
@@ -159,6 +161,16 @@ class _Past:
             return self._connection.get(oid)
         except POSKeyError:
             return None
+
+    def slot(self, oid: str, tid: bytes, slot: str) -> Any:
+        """Returns what a slot held in one revision, to compare; what can't be read is like nothing else."""
+        try:
+            data = self._connection.db().storage.loadSerial(bytes.fromhex(oid), tid)
+            held = self._connection._reader.getState(data)["data"]
+            value = settled(held[slot]) if slot in held else ABSENT
+            return value if isinstance(value, (Held, Absent)) else codec.encode(value)
+        except (POSKeyError, StateLoadError, BatosError, TypeError, LookupError):
+            return object()
 
     def items(self, node: Any) -> Iterator[tuple[Any, Any]]:
         """Yields the keys and values that a node of a tree holds itself.
@@ -237,16 +249,6 @@ def _state(row: Any) -> dict[str, Any]:
 def _differences(was: dict[Any, Any], then: dict[Any, Any]) -> dict[Any, Change]:
     changed = {key: Change(was.get(key, ABSENT), then.get(key, ABSENT)) for key in was | then}
     return {key: change for key, change in changed.items() if not same(change.was, change.then)}
-
-
-def _slot_differs(db: Any, oid: str, slot: str, tid: bytes, before: bytes) -> bool:
-    """Returns whether a slot was written between two revisions; what can't be read counts as a change."""
-    try:
-        with _Past(db, at=tid) as new, _Past(db, at=before) as old:
-            found = [_slots(past.get(bytes.fromhex(oid))).get(slot, ABSENT) for past in (old, new)]
-            return not same(*found)
-    except (POSKeyError, ImageDamaged, AttributeError):
-        return True
 
 
 def _records(db: Any, tid: bytes) -> list[bytes]:
