@@ -14,7 +14,7 @@ from ZODB.POSException import POSKeyError
 from ZODB.utils import p64, u64
 
 from uvm.codec import is_oid
-from uvm.errors import ImageDamaged, InvalidField, ObjectNotFound
+from uvm.errors import InvalidField, ObjectNotFound
 
 MAX_SKEW_S = 60  # by how much another machine's clock may be ahead of ours
 
@@ -52,9 +52,10 @@ def may_be_gone(error: BaseException) -> bool:
     """Returns whether an error in a view of the past may mean that the past is not kept."""
     if isinstance(error, ObjectNotFound):
         return is_oid(str(error.details.get("target", "")))
-    return isinstance(error, POSKeyError) or (
-        isinstance(error, ImageDamaged) and isinstance(error.__cause__, POSKeyError)
-    )
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, POSKeyError):
+        cause = cause.__cause__
+    return cause is not None
 
 
 def check_begun(as_of: dt.datetime | str, begins: bytes) -> None:
