@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl
 from config import PROJECT, Settings
 from uvm import messages as m
 from uvm import process
-from uvm.awakening import CATALOG, ROOT, awaken
+from uvm.awakening import CATALOG, ROOT, awaken, primordial
 from uvm.bridge import Bridge
 from uvm.broker.broker import Broker
 from uvm.commands import Commands
@@ -48,6 +48,10 @@ from uvm.missions import Missions
 from uvm.objects import Objects
 from uvm.pressure import Room, exhausted, started
 from uvm.psm import PrototypalStateMachine
+from uvm.replays import Replays
+from uvm.trials import TrialRunner
+from uvm.undoing import Undoing
+from uvm.versions import Versions
 
 CODEX = PROJECT / "codex"
 CODE = ("uvm", "terminal", "codex", "evals", "bench", "tests", "docs", ".git", ".venv")
@@ -235,6 +239,14 @@ class Kernel:
             messenger=messenger,
             missions=self._missions,
             objects=Objects(self._image, ROOT),
+            versions=Versions(
+                image=self._image,
+                memory=self._memory,
+                catalog=CATALOG,
+                replays=Replays(TrialRunner(messenger)),
+                undoing=Undoing(self._image, CATALOG, frozenset(primordial())),
+                log=self._log,
+            ),
             granting=Granting(self._image, broker.settled),
             memory=self._memory,
             catalog=CATALOG,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from uvm.image.defused import defuse
-from uvm.image.history import install
 from uvm.image.loading import Database
 from uvm.image.migrations import migrate
 from uvm.image.prototypes import UvmMethod, UvmObject
@@ -66,7 +65,8 @@ def _write(database: Any, numbers: range) -> None:
             names[made.name] = made
             if number % EVERY == 0:
                 told = {"mission_id": "0" * 16, "model": "none"}
-                install(made, UvmMethod("total", (), _SOURCE, "What they cost together.", told, []))
+                made.total = UvmMethod("total", (), _SOURCE, "What they cost together.", told, [])
+                connection.root()["holders"].add(made.oid)
 
 
 def main(arguments: list[str]) -> int:

@@ -115,9 +115,24 @@ class Display:
 
     def _versions(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
+            when = row.get("created")
+            told = [_time(when) if when else "", row.get("user") or "", _one_line(row.get("reason") or "")]
             first = Text(f"version {row['version']}", style="bold")
-            self.out.print(first.append(f"  {row['sha256'][:12]}  {row['doc'] or ''}".rstrip(), style="dim"))
-            self._source(row["source"])
+            self.out.print(first.append("".join(f"  {printable(one)}" for one in told if one), style="dim"))
+            marks = [row.get("model") or "", row["sha256"][:12], row.get("transaction_id") or ""]
+            self.out.print(Text("  ".join(filter(None, map(printable, marks))), style="dim"))
+            if row.get("diff"):
+                self._diff(row["diff"])
+            elif row["version"] == 1:
+                self._source(row["source"])
+            for broken in row.get("broken", ()):
+                self.out.print(Text(f"breaks: {_one_line(printable(broken))}", style="yellow"))
+
+    def _diff(self, text: str) -> None:
+        """Prints what differs from the version before, without the two lines that only name them."""
+        styles = {"+": "green", "-": "red", "@": "cyan"}
+        for line in printable(text).splitlines()[2 if text.startswith("---") else 0 :]:
+            self.out.print(Text(line, style=styles.get(line[:1], "")))
 
     def _memories(self, rows: list[dict[str, Any]]) -> None:
         if not rows:
@@ -137,8 +152,9 @@ class Display:
             self.note("no missions yet")
         shown = []
         for row in rows:
-            made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created"]))
-            shown.append((row["mission_id"], made, f"{row['state']:<9}", row["brief"]["selector"]))
+            shown.append(
+                (row["mission_id"], _time(row["created"]), f"{row['state']:<9}", row["brief"]["selector"])
+            )
         self._rows(shown)
 
     def _map(self, result: dict[str, Any]) -> None:
@@ -204,6 +220,14 @@ class CycleView:
         if self._writing:
             self._writing = False
             self._display.out.print()
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _flat(value: Any) -> str:

@@ -183,7 +183,7 @@ async def test_a_method_never_hides_a_grant(world: World) -> None:
         child = txn.create("child_obj", (txn.find(HOLDER),), {})
         for target in (txn.find(HOLDER), child):
             with pytest.raises(SlotProtected, match="is a grant"):
-                history.install(target, method)
+                history.install(txn, target, method)
 
 
 async def test_prompts_tell_the_grants_in_reach_and_are_unchanged_without(world: World) -> None:

@@ -19,11 +19,13 @@ import pytest
 from evals.kernels import PROJECT
 from tests.broker import HOLDER, Call, Refused, World
 from uvm import messenger
+from uvm.awakening import CATALOG
 from uvm.broker import broker, files, folder
 from uvm.errors import FilesNotWritten, HandDied, InvalidField, MalformedMessage, SlotNotFound
 from uvm.grant_options import FilesOptions
 from uvm.hands.calls import Outcome, SlotChanges
 from uvm.image.image import Txn
+from uvm.undoing import Undoing
 
 
 @pytest.fixture
@@ -539,7 +541,7 @@ async def test_files_that_fail_after_the_image_has_committed_are_told_as_such(
     assert world.commits[granted:] == [(tid, "half", "somebody")]
     async with world.image.reading() as now:
         assert now.find(HOLDER).count == 1
-    await world.image.undo(tid)
+    await Undoing(world.image, CATALOG, frozenset()).undo(tid, "somebody")
     async with world.image.reading() as now:
         assert "count" not in now.find(HOLDER).data()
 

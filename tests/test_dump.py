@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_image_attacks import FORGED, Forge, called, record, text
+from tests.test_image_attacks import FORGED, Forge, called, record, text, undo_in_storage
 from uvm.image import dump, history
 from uvm.image.prototypes import UvmMethod
 
@@ -34,9 +34,9 @@ def change(forge: Forge) -> None:
         async with image.transaction("a note to find") as txn:
             victim = txn.find("victim")
             source = "def f(self, x):\n    return x\n"
-            history.install(victim, UvmMethod("f", ("x",), source, "", {}, []))
+            history.install(txn, victim, UvmMethod("f", ("x",), source, "", {}, []))
             txn.create("other", (), {})
-        await image.undo(txn.tid)
+        undo_in_storage(image, txn.tid)
         image.close()
 
     asyncio.run(unit())

@@ -28,10 +28,8 @@ from uvm.errors import (
     InvalidField,
     MethodNotFound,
     MissionNotFound,
-    NotUndoable,
     ObjectExists,
     ObjectNotFound,
-    TransactionNotFound,
 )
 from uvm.image import history, journal
 from uvm.image.image import LivingImage, Txn
@@ -221,31 +219,14 @@ class TestTransactions:
                     txn.find(wrong)
 
 
-class TestUndo:
-    async def test_undo_and_its_limits(self, image: LivingImage) -> None:
-        async with image.transaction("make") as txn:
-            txn.create("thing", (), {"n": 1})
-        async with image.transaction("change") as first:
-            first.find("thing").n = 2
-        async with image.transaction("change again") as second:
-            second.find("thing").n = 3
-        with pytest.raises(NotUndoable):
-            await image.undo(first.tid)
-        assert await image.undo(second.tid) == image.last_transaction()
-        async with image.reading() as txn:
-            assert txn.find("thing").n == 2
-        with pytest.raises(TransactionNotFound):
-            await image.undo("0" * 16)
-
-
 class TestHistory:
     async def test_versions_are_kept_and_come_back(self, image: LivingImage) -> None:
         for n in (1, 2, 3):
             async with image.transaction(f"version {n}") as txn:
                 target = txn.find("thing") if n > 1 else txn.create("thing", (), {})
-                history.install(target, method("f", f"def f(self, x):\n    return {n}\n"))
+                history.install(txn, target, method("f", f"def f(self, x):\n    return {n}\n"))
         async with image.transaction("revert") as txn:
-            history.revert(txn.find("thing"), "f", 1)
+            history.revert(txn, txn.find("thing"), "f", 1, "architect")
         async with image.reading() as txn:
             found = history.own_method(txn.find("thing"), "f")
             told = history.versions(found)
@@ -255,7 +236,7 @@ class TestHistory:
             assert len(told[-1]["transaction_id"]) == 16
             for selector, version in (("g", None), ("f", 9), ("f", 4)):
                 with pytest.raises(MethodNotFound):
-                    history.revert(txn.find("thing"), selector, version)
+                    history.revert(txn, txn.find("thing"), selector, version, "architect")
 
 
 class TestJournal:
@@ -330,7 +311,9 @@ class TestOpening:
     async def test_fsdump_names_the_classes(self, tmp_path: Path) -> None:
         with opened(tmp_path) as image:
             async with image.transaction("a note to find") as txn:
-                history.install(txn.create("thing", (), {}), method("f", "def f(self, x):\n    return x\n"))
+                history.install(
+                    txn, txn.create("thing", (), {}), method("f", "def f(self, x):\n    return x\n")
+                )
         dump = subprocess.run(  # noqa: ASYNC221 (nothing else runs in this test)
             [sys.executable, "-m", "ZODB.FileStorage.fsdump", str(tmp_path / "live_image.fs")],
             capture_output=True,

@@ -5,6 +5,7 @@ ZODB does with the same file is the control, where it is cheap to show.
 """
 
 import asyncio
+import base64
 import fractions
 import pickle
 import struct
@@ -19,9 +20,10 @@ import pytest
 from BTrees.OOBTree import OOBTree
 from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
+from ZODB.POSException import UndoError
 
 from uvm import codec
-from uvm.errors import Conflict, ForbiddenClass, ImageDamaged, NotUndoable, ValueNotStorable
+from uvm.errors import ForbiddenClass, ImageDamaged, TransactionNotFound, ValueNotStorable
 from uvm.image import defused
 from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmMethod, UvmObject
@@ -375,11 +377,19 @@ def conflicting(forge: Forge, evil: bytes) -> bytes:
     return undo
 
 
+def undo_in_storage(image: LivingImage, tid: str) -> None:
+    """Undoes as ZODB does, record by record."""
+    with image._db.transaction() as connection:
+        image._db.undo(base64.encodebytes(bytes.fromhex(tid)).rstrip(), connection.transaction_manager.get())
+
+
 def test_an_undo_that_must_resolve_a_conflict_runs_nothing(forge: Forge) -> None:
     undo = conflicting(forge, PROTO + BUCKET + b"." + PROTO + called("os.system", forge.touch) + b".")
     image = forge.opened()
-    with pytest.raises((NotUndoable, Conflict, *Refused)):
-        asyncio.run(image.undo(undo.hex()))
+    with pytest.raises(UndoError):
+        undo_in_storage(image, undo.hex())
+    with pytest.raises(Refused):
+        asyncio.run(image.changes(undo.hex()))
     image.close()
     assert not forge.canary.exists()
     stock(
@@ -424,7 +434,11 @@ def test_listing_transactions_for_an_undo_runs_nothing(forge: Forge) -> None:
     forge.write((NEW, record(b"N", TREE)), extension=evil)
     good = forge.write((NEW, record(b"N", TREE)))
     image = forge.opened()
-    asyncio.run(image.undo(good.hex()))
+    image._db.undoLog(0, 10)
+    undo_in_storage(image, good.hex())
+    asyncio.run(image.changes(good.hex()))
+    with pytest.raises(TransactionNotFound):  # after a look at all of them
+        asyncio.run(image.changes("0" * 16))
     image.close()
     assert not forge.canary.exists()
     stock(forge, "ZODB.DB(file).undoLog(0, 10)")

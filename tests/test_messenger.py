@@ -245,4 +245,4 @@ async def test_a_method_never_takes_the_place_of_data(image: LivingImage) -> Non
     async with image.reading() as txn:
         history.check_place(txn.find("it"), "add")
         with pytest.raises(SlotProtected, match="data slot"):
-            history.install(txn.find("it"), method("def n(self):\n    return 1"))
+            history.install(txn, txn.find("it"), method("def n(self):\n    return 1"))

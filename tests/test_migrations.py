@@ -141,15 +141,15 @@ class TestHolders:
         with opened(tmp_path) as image:
             async with image.transaction("make") as txn:
                 txn.create("plain", (), {"n": 1})
-                history.install(txn.create("able", (), {}), method("f"))
+                history.install(txn, txn.create("able", (), {}), method("f"))
                 txn.create("granted", (), {})
             await granting(image).grant("granted", "clock", NoOptions(kind="clock"))
             assert await holders(image) == ["able", "granted"]
             assert [row["object"] for row in await granting(image).listed(None)] == ["granted"]
             before = await self._serial(image)
             async with image.transaction("again") as txn:
-                history.install(txn.find("able"), method("f"))
-                history.install(txn.find("able"), method("g"))
+                history.install(txn, txn.find("able"), method("f"))
+                history.install(txn, txn.find("able"), method("g"))
             await granting(image).grant("granted", "clock", NoOptions(kind="clock"))
             assert await self._serial(image) == before
 
@@ -179,11 +179,11 @@ class TestHolders:
             async with image.transaction("make") as txn:
                 for name in ("zero", "one", "two"):
                     txn.create(name, (), {})
-                history.install(txn.find("zero"), method("f"))
+                history.install(txn, txn.find("zero"), method("f"))
 
             async def learn(name: str) -> None:
                 def unit(txn: Txn) -> None:
-                    history.install(txn.find(name), method("f"))
+                    history.install(txn, txn.find(name), method("f"))
 
                 await image.attempt(f"learn {name}", unit)
 

@@ -234,6 +234,21 @@ async def test_a_revision_must_keep_the_examples_of_old(lab: Laboratory) -> None
         assert len(history.versions(history.own_method(txn.find("genesis_obj"), "add"))) == 2
 
 
+async def test_an_old_example_that_fails_by_now_does_not_stop_a_revision(lab: Laboratory) -> None:
+    await lab.set(total=0)
+    source = "def add(self, n):\n    self.total += n\n    self._p_changed = True\n    return self.total"
+    brief = {"selector": "add", "parameters": ["n"], "examples": [{"args": [1], "returns": 1}]}
+    await lab.cycle(brief, source)
+    await lab.set(total=5)  # the world goes on, and the example with it
+    wish = {**brief, "type": "revision", "examples": [{"args": [2], "returns": 7}]}
+    await lab.cycle(wish, source.replace("+= n", "= self.total + n"))
+    outcomes = [fields["outcome"] for event, fields in lab.events if event == "trial"]
+    assert outcomes[-1] == "returned 6 (as before)"
+    async with lab.image.reading() as txn:
+        method = history.own_method(txn.find("genesis_obj"), "add")
+        assert [trial["args"] for trial in method.trials] == [[2]]
+
+
 async def test_memory_of_verified_methods_reaches_the_writer(lab: Laboratory) -> None:
     await lab.cycle(TAUGHT, ADD)
     brief = {**TAUGHT, "selector": "add_up", "description": "Add two numbers, again."}

@@ -19,7 +19,7 @@ PERSONAS = ("ALFRED", "BRICK", "ROBIN", "BABS")
 async def awaken(image: LivingImage) -> bool:
     """Creates the primordial objects where they are missing; returns whether it created any."""
     async with image.reading() as txn:
-        if all(name in txn.names for name in _primordial()):
+        if all(name in txn.names for name in primordial()):
             return False
     async with image.transaction("prototypal awakening") as txn:
         _create(txn)
@@ -31,13 +31,14 @@ def prototype_of(persona: str) -> str:
     return f"{persona.lower()}_prototype_obj"
 
 
-def _primordial() -> list[str]:
+def primordial() -> list[str]:
+    """Returns the names of the objects that every image has."""
     return [ROOT, GENESIS, CATALOG, *map(prototype_of, PERSONAS)]
 
 
 def _create(txn: Txn) -> None:
     root = txn.names.get(ROOT) or txn.create(ROOT, (), {})
-    for name in _primordial():
+    for name in primordial():
         if name not in txn.names:
             txn.create(name, (root,), {}, KnowledgeCatalog if name == CATALOG else UvmObject)
     for persona in PERSONAS:

@@ -19,6 +19,7 @@ from uvm.messenger import Messenger
 from uvm.metacognition import MetacognitionLog
 from uvm.missions import Missions
 from uvm.objects import USER, Objects
+from uvm.versions import Versions
 
 Handler = Callable[[Any], Awaitable[Any]]
 # What needs room on the disk beforehand; a message, once it has written. To revoke is always possible.
@@ -44,6 +45,7 @@ class Commands:
         messenger: Messenger,
         missions: Missions,
         objects: Objects,
+        versions: Versions,
         granting: Granting,
         memory: FractalMemory,
         catalog: str,
@@ -79,11 +81,11 @@ class Commands:
             "create_object": self._queued(lambda c: objects.create(c.name, c.parents, c.slots)),
             "set_slot": self._queued(lambda c: objects.set_slot(c.target_oid, c.slot, c.value)),
             "delete_slot": self._queued(lambda c: objects.delete_slot(c.target_oid, c.slot)),
-            "method_history": self._queued(lambda c: objects.method_history(c.target_oid, c.selector)),
+            "method_history": self._queued(lambda c: versions.method_history(c.target_oid, c.selector)),
             "revert_method": self._queued(
-                lambda c: objects.revert_method(c.target_oid, c.selector, c.version)
+                lambda c: versions.revert_method(c.target_oid, c.selector, c.version)
             ),
-            "undo": self._queued(lambda c: objects.undo(c.transaction_id)),
+            "undo": self._queued(lambda c: versions.undo(c.transaction_id)),
             "grant": self._queued(lambda c: granting.grant(c.target_oid, c.slot, c.options)),
             "remember": self._queued(self._remember),
             "recall": self._queued(self._recall),

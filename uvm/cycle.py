@@ -14,6 +14,7 @@ from uvm.errors import to_wire
 from uvm.guardian import Finding
 from uvm.image.prototypes import UvmMethod
 from uvm.memory.catalog import Hit
+from uvm.memory.fractal import method_text
 from uvm.messages import MissionBrief
 from uvm.mind.backends import Message
 from uvm.mind.mind import Reply
@@ -63,8 +64,7 @@ class Cycle:
         """Returns what the memory keeps of the cycle: a study's answer, or the method and its purpose."""
         if self.brief.type == "task":
             return self.reply.text.strip() if self.reply else ""
-        what = self.brief.description or self.doc or self.brief.selector.replace("_", " ")
-        return f"{what}\n```python\n{self.source}```"
+        return method_text(self.brief.description, self.doc, self.brief.selector, self.source)
 
     def method(self) -> UvmMethod:
         """Returns the method that the cycle verified, with its provenance and trials."""

@@ -14,7 +14,7 @@
     │   ├── MethodNotFound
     │   ├── MissionNotFound
     │   ├── TransactionNotFound
-    │   ├── NotUndoable          later transactions build on the one to undo
+    │   ├── NotUndoable          later transactions build on the one to undo, or the image rests on it
     │   ├── KernelRefused        kernel and client do not accept each other's keys; `reason` says which way
     │   ├── GrantMissing         (also an AttributeError) a method needs what the Architect has not granted
     │   └── DoesNotUnderstand    (also an AttributeError) nobody in the delegation chain answers

@@ -55,7 +55,7 @@ class Granting:
                     f"{slot!r} of {found.label} is no grant; choose another slot for it", slot=slot
                 )
             grant = found._slots[slot] = Grant(options.kind, chosen)
-            history.note_holder(found)
+            history.note_holder(txn, found)
             return _told(found, slot, grant)
 
         return await self._image.attempt(f"grant {target} {slot} {options.kind}", unit, user=USER)

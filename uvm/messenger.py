@@ -102,11 +102,14 @@ class Messenger:
             DoesNotUnderstand: nobody in the chain answers, or a message inside the method was not understood.
             GrantMissing: the method needs what was not granted.
             MethodError: the method failed; `txn` is unchanged.
+            InvalidField: arguments for a slot, or a change to the past.
             WriteSetRefused: it changed what a method may not change.
             Conflict: an object that it wrote has changed since the hand saw it.
         """
         found = target.lookup(selector)
         if found is None and selector in NATIVES:
+            if selector == "clone":
+                _check_present(txn, target, selector)
             return self._native(txn, target, selector, args, kwargs), None
         if found is None and selector in KINDS:
             raise missing(target.label, target.oid, selector)
@@ -122,6 +125,8 @@ class Messenger:
             return self._slot(txn, target, selector, found[1], args, kwargs), None
         uses = self._uses(txn, selector)
         outcome = await self._run(txn, target, selector, args, kwargs, uses)
+        if outcome.writes or outcome.created:
+            _check_present(txn, target, selector)
         result = apply(txn, outcome)
         if uses is not None:
             uses.keep()
@@ -192,6 +197,15 @@ class Messenger:
         if not is_public_name(args[0]):
             raise InvalidField("clone takes a name, such as second_obj", field="args")
         return Ref(txn.create(args[0], (target,), {}).oid)
+
+
+def _check_present(txn: Txn, target: UvmObject, selector: str) -> None:
+    """Raises InvalidField where a message would change the past."""
+    if not txn.writable:
+        raise InvalidField(
+            f"{target.label}.{selector} changes objects, and the past can't be; send it without as_of",
+            field="as_of",
+        )
 
 
 def _check_miss(txn: Txn, miss: DoesNotUnderstand) -> None:

@@ -1,4 +1,4 @@
-"""What the Architect does to objects directly: look, list, create, change data, and turn back time. Layer 3.
+"""What the Architect does to objects directly: look, list, create, and change data. Layer 3.
 
 Code never enters here: a data slot may not hide a method, a native or a grant.
 """
@@ -89,24 +89,6 @@ class Objects:
             del found._slots[slot]
 
         await self._image.attempt(f"delete_slot {target} {slot}", unit, user=USER)
-
-    async def method_history(self, target: str, selector: str) -> list[dict[str, Any]]:
-        """Returns all versions of a method, the oldest first."""
-        async with self._image.reading() as txn:
-            return history.versions(history.own_method(txn.find(target), selector))
-
-    async def revert_method(self, target: str, selector: str, version: int | None) -> list[dict[str, Any]]:
-        """Installs an earlier version of a method again and returns all versions."""
-
-        def unit(txn: Txn) -> None:
-            history.revert(txn.find(target), selector, version)
-
-        await self._image.attempt(f"revert_method {target} {selector}", unit, user=USER)
-        return await self.method_history(target, selector)
-
-    async def undo(self, transaction_id: str) -> dict[str, Any]:
-        """Undoes a transaction; returns the id of the one that did it."""
-        return {"transaction_id": await self._image.undo(transaction_id)}
 
 
 def _check_is_data(slot: str, holders: tuple[UvmObject, ...]) -> None:

@@ -21,6 +21,7 @@ from uvm.guardian import Finding
 from uvm.hands.pool import HandPool
 from uvm.image import history, journal
 from uvm.image.image import LivingImage, Txn
+from uvm.image.prototypes import UvmObject
 from uvm.memory.fractal import FractalMemory
 from uvm.messages import MissionBrief
 from uvm.messenger import Messenger
@@ -28,8 +29,9 @@ from uvm.metacognition import MetacognitionLog
 from uvm.mind.backends import Message
 from uvm.mind.mind import Mind, Reply
 from uvm.pressure import exhausted
+from uvm.replays import Replays
 from uvm.states import FINAL, State, advance
-from uvm.trials import TrialRunner, trials_of
+from uvm.trials import Trial, TrialRunner, Verdict, trials_of
 
 QUERIES_TOKENS = 160
 STUDY_TOKENS = 400
@@ -71,6 +73,7 @@ class PrototypalStateMachine:
         self._catalog = catalog
         self._hands = hands
         self._trials = TrialRunner(messenger)
+        self._replays = Replays(self._trials)
         self._log = log
         self._covenants = covenants
         self._max_attempts = max_attempts
@@ -233,7 +236,7 @@ class PrototypalStateMachine:
         def install(txn: Txn) -> Txn:
             target = txn.find(cycle.target)
             if kind == "method":
-                history.install(target, cycle.method())
+                history.install(txn, target, cycle.method())
             subject = f"{target.label}.{cycle.brief.selector}"
             self._memory.add(
                 txn.find(self._catalog), text, vectors[0], kind=kind, subject=subject, persona=cycle.persona
@@ -341,12 +344,24 @@ class PrototypalStateMachine:
             txn.doom()
             target = txn.find(cycle.target)
             cycle.trials = trials_of(cycle.brief, cycle.sample_args, target)
-            findings = []
-            for trial in cycle.trials:
-                verdict = await self._trials.run(txn, target, cycle.brief.selector, cycle.source, trial)
-                await self._record(cycle, "trial", attempt=cycle.attempts, **verdict.record())
-                findings += verdict.findings
+            verdicts = [await self._verdict(cycle, txn, target, trial) for trial in cycle.trials]
+            cycle.trials = [verdict.trial for verdict in verdicts if not verdict.stale]
+            findings = [finding for verdict in verdicts for finding in verdict.findings]
+            if cycle.brief.type == "revision" and not findings:
+                replay = await self._replays.run(txn, target, cycle.method())
+                await self._record(cycle, "replay", attempt=cycle.attempts, **replay.record())
+                findings = replay.findings()
             return findings
+
+    async def _verdict(self, cycle: Cycle, txn: Txn, target: UvmObject, trial: Trial) -> Verdict:
+        """Returns what came of a trial; one that the present version fails too proves nothing any more."""
+        selector = cycle.brief.selector
+        verdict = await self._trials.run(txn, target, selector, cycle.source, trial)
+        if verdict.findings and trial.origin == "history":
+            present = await self._trials.run(txn, target, selector, None, trial)
+            verdict = verdict.outdated() if present.findings else verdict
+        await self._record(cycle, "trial", attempt=cycle.attempts, **verdict.record())
+        return verdict
 
     async def _record_finding(self, cycle: Cycle, finding: Finding) -> None:
         await self._record(

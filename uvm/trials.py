@@ -40,6 +40,13 @@ class Trial:
     origin: str
     example: Example | None = None
 
+    @classmethod
+    def of(cls, stored: dict[str, Any], origin: str) -> Trial:
+        """Returns a trial as a method keeps it; without an outcome it only must not raise."""
+        fields = {name: value for name, value in stored.items() if name != "origin"}
+        shown = Example(**fields) if "returns" in stored or "raises" in stored else None
+        return cls(stored["args"], stored["kwargs"], origin, shown)
+
     def stored(self) -> dict[str, Any]:
         """Returns the trial as a method keeps it."""
         record = {"args": self.args, "kwargs": self.kwargs, "origin": self.origin}
@@ -51,11 +58,16 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of a trial: the findings, empty where it passed."""
+    """What came of a trial: the findings, empty where it passed; a stale one counts neither way."""
 
     trial: Trial
     told: str
     findings: list[Finding]
+    stale: bool = False
+
+    def outdated(self) -> Verdict:
+        """Returns the verdict of a trial that the world has overtaken."""
+        return Verdict(self.trial, f"{self.told} (as before)", [], stale=True)
 
     def record(self) -> dict[str, Any]:
         """Returns the verdict as the log keeps it."""
@@ -81,12 +93,7 @@ def _remembered(brief: MissionBrief, target: UvmObject) -> list[Trial]:
     restated = [(example.args, example.kwargs) for example in brief.examples]
     stored = target.methods()[brief.selector].trials
     return [
-        Trial(
-            trial["args"],
-            trial["kwargs"],
-            "history",
-            Example(**{key: value for key, value in trial.items() if key != "origin"}),
-        )
+        Trial.of(trial, "history")
         for trial in stored
         if trial["origin"] in ("example", "history") and (trial["args"], trial["kwargs"]) not in restated
     ]
@@ -98,12 +105,19 @@ class TrialRunner:
     def __init__(self, messenger: Messenger) -> None:
         self._messenger = messenger
 
-    async def run(self, txn: Txn, target: UvmObject, selector: str, source: str, trial: Trial) -> Verdict:
-        """Returns the verdict of one trial; `txn` is left as it was."""
+    async def run(
+        self, txn: Txn, target: UvmObject, selector: str, source: str | None, trial: Trial
+    ) -> Verdict:
+        """Returns the verdict of one trial; `txn` is left as it was.
+
+        Args:
+            source: of a candidate, which shadows what is installed; None tries the method that is installed.
+        """
+        overlay = None if source is None else {selector: source}
         call = f"self.{selector}({prompts.arguments(trial.args, trial.kwargs)})"
         try:
             outcome = await self._messenger.run(
-                txn, target, selector, trial.args, trial.kwargs, overlay={selector: source}
+                txn, target, selector, trial.args, trial.kwargs, overlay=overlay
             )
             lost = lost_in_storage(txn, outcome)
         except BatosError as error:

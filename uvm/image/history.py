@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import time
+from itertools import pairwise
 from typing import Any
 
 from uvm.errors import MethodNotFound, SlotProtected
 from uvm.image.grants import Grant
+from uvm.image.image import Txn
 from uvm.image.prototypes import UvmMethod, UvmObject, is_data
+
+MAX_DIFF_LINES = 400
+MAX_COMPARED_LINES = 2000  # of one version; comparing takes the square of it at worst
 
 
 def own_method(target: UvmObject, selector: str) -> UvmMethod:
@@ -24,7 +31,7 @@ def own_method(target: UvmObject, selector: str) -> UvmMethod:
 
 
 def check_place(target: UvmObject, selector: str) -> None:
-    """Checks that a method of this name would hide no grant and replace no data.
+    """Checks that a method of this name hides no grant and replaces no data.
 
     Raises:
         SlotProtected: it would.
@@ -34,61 +41,113 @@ def check_place(target: UvmObject, selector: str) -> None:
         raise SlotProtected(
             f"{target.label}.{selector} is a data slot; choose another selector", slot=selector
         )
-    held = target.lookup(selector)
-    if held is not None and isinstance(held[1], Grant):
-        raise SlotProtected(f"{held[0].label}.{selector} is a grant; choose another selector", slot=selector)
+    for owner in target.chain():
+        if isinstance(owner._slots.get(selector), Grant):
+            raise SlotProtected(
+                f"{owner.label}.{selector} is a grant; choose another selector", slot=selector
+            )
 
 
-def note_holder(target: UvmObject) -> None:
-    """Notes that an object of the image holds a method or a grant, so that it is found without a walk."""
-    if target._p_jar is not None:
-        holders = target._p_jar.root()["holders"]
-        if target.oid not in holders:
-            holders.add(target.oid)
+def note_holder(txn: Txn, target: UvmObject) -> None:
+    """Notes that an object holds a method or a grant, so that it is found without a walk."""
+    holders = txn.root["holders"]
+    if target.oid not in holders:
+        holders.add(target.oid)
 
 
-def install(target: UvmObject, method: UvmMethod) -> None:
+def install(txn: Txn, target: UvmObject, method: UvmMethod) -> None:
     """Puts a method into its target; the version that it replaces becomes its history.
 
     Raises:
         SlotProtected: the method would hide a grant or replace data.
     """
     check_place(target, method.selector)
-    note_holder(target)
+    note_holder(txn, target)
     earlier = target._slots.get(method.selector)
     target._slots[method.selector] = earlier.succeed(method) if isinstance(earlier, UvmMethod) else method
 
 
 def told(method: UvmMethod) -> dict[str, Any]:
     """Returns a method's current version as plain data, with its number, the oldest being 1."""
-    transaction_id = method._p_serial.hex() if method._p_jar is not None else ""
-    return {**method.record(), "version": len(method.versions) + 1, "transaction_id": transaction_id}
+    return {**method.record(), "version": len(method.versions) + 1, "transaction_id": method.transaction_id}
 
 
 def versions(method: UvmMethod) -> list[dict[str, Any]]:
-    """Returns all versions, the oldest first, each with its number."""
-    earlier = [{**record, "version": number} for number, record in enumerate(method.versions, 1)]
-    return [*earlier, told(method)]
+    """Returns all versions, the oldest first: as `told`, with who, when, why, and what differs."""
+    earlier = [
+        {"transaction_id": "", **record, "version": number}
+        for number, record in enumerate(method.versions, 1)
+    ]
+    rows = [{**row, **_origin(row["provenance"])} for row in (*earlier, told(method))]
+    diffs = ["", *(diff(one, other) for one, other in pairwise(rows))]
+    return [{**row, "diff": text} for row, text in zip(rows, diffs, strict=True)]
 
 
-def revert(target: UvmObject, selector: str, version: int | None) -> UvmMethod:
-    """Installs an earlier version again, as a new one; None takes the version before the current.
+def _origin(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Returns what every version tells of itself at once: who, when, why, by which model."""
+    reverted = provenance.get("reverted_from")
+    why = provenance.get("description") or f"mission {provenance.get('mission_id', 'unknown')}"
+    if reverted is not None:
+        why = f"version {provenance.get('reverted_to', 'unknown')} again"
+    return {
+        "user": provenance.get("reverted_by" if reverted is not None else "origin"),
+        "created": provenance.get("reverted" if reverted is not None else "created"),
+        "reason": why,
+        "model": provenance.get("model"),
+        "model_sha256": provenance.get("model_sha256"),
+        "reverted_from": reverted,
+        "reverted_to": provenance.get("reverted_to"),
+    }
+
+
+def diff(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Returns the unified diff of two versions' sources, cut to `MAX_DIFF_LINES` lines."""
+    sources = [row["source"].splitlines() for row in (one, other)]
+    if max(map(len, sources)) > MAX_COMPARED_LINES:
+        return f"(more than {MAX_COMPARED_LINES} lines: not compared)"
+    names = [f"version {row['version']}" for row in (one, other)]
+    lines = list(difflib.unified_diff(sources[0], sources[1], names[0], names[1], lineterm=""))
+    left = len(lines) - MAX_DIFF_LINES
+    return "\n".join([*lines[:MAX_DIFF_LINES], *([f"({left} more lines)"] if left > 0 else [])])
+
+
+def earlier(target: UvmObject, selector: str, version: int | None) -> tuple[int, UvmMethod]:
+    """Returns an earlier version as a method that can be installed again, and its number.
+
+    Args:
+        version: its number; None takes the version before the current one.
 
     Raises:
         MethodNotFound: there is no such method or no such version.
     """
     method = own_method(target, selector)
-    wanted = len(method.versions) if version is None else version
-    if not 1 <= wanted <= len(method.versions):
-        raise MethodNotFound(
-            f"{target.label}.{selector} has no earlier version {wanted}",
-            target=target.label,
-            selector=selector,
-            versions=len(method.versions) + 1,
-        )
+    current = len(method.versions) + 1
+    wanted = current - 1 if version is None else version
+    if not 1 <= wanted < current:
+        name = f"{target.label}.{selector}"
+        reason = f"{name} is at version {current} already" if wanted == current else None
+        reason = reason or (f"{name} has {current} versions" if version else f"{name} has no earlier version")
+        raise MethodNotFound(reason, target=target.label, selector=selector, versions=current)
     record = dict(method.versions[wanted - 1])
-    record.pop("sha256")
-    record["provenance"] = {**record["provenance"], "reverted_from": len(method.versions) + 1}
-    again = UvmMethod(**record)
-    install(target, again)
+    for name in ("sha256", "transaction_id"):
+        record.pop(name, None)
+    return wanted, UvmMethod(**record)
+
+
+def revert(txn: Txn, target: UvmObject, selector: str, version: int | None, user: str) -> UvmMethod:
+    """Installs an earlier version again, as a new one, which says who did it and when.
+
+    Raises:
+        MethodNotFound: there is no such method or no such version.
+        SlotProtected: its place has been taken by a grant since.
+    """
+    wanted, again = earlier(target, selector, version)
+    again.provenance = {
+        **again.provenance,
+        "reverted_from": len(own_method(target, selector).versions) + 1,
+        "reverted_to": wanted,
+        "reverted_by": user,
+        "reverted": time.time(),
+    }
+    install(txn, target, again)
     return again

@@ -8,7 +8,6 @@ transaction and commit each other's work. Layer 1.
 from __future__ import annotations
 
 import asyncio
-import base64
 import datetime as dt
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
@@ -19,20 +18,19 @@ from typing import Any, TypeVar, overload
 
 from persistent.mapping import PersistentMapping
 from transaction import TransactionManager
-from ZODB.POSException import POSKeyError, UndoError
+from ZODB.POSException import POSKeyError
 
 from uvm.codec import is_oid
 from uvm.errors import (
     BatosError,
     Conflict,
-    InvalidField,
-    NotUndoable,
+    ImageDamaged,
     ObjectExists,
     ObjectNotFound,
     ShuttingDown,
-    TransactionNotFound,
 )
-from uvm.image import values
+from uvm.image import changes, past, values
+from uvm.image.changes import Changes
 from uvm.image.loading import typed_errors
 from uvm.image.opening import open_database
 from uvm.image.prototypes import UvmObject
@@ -46,10 +44,13 @@ T = TypeVar("T")
 OnCommit = Callable[[str, str, str], object]
 
 
-async def blocking(work: Callable[[], T], thread: Executor) -> T:
+async def blocking(work: Callable[[], T], thread: Executor | None = None) -> T:
     """Runs `work` in a thread; a cancelled caller still waits for its end before it is cancelled.
 
     A commit must not go on behind the back of whoever closes its connection.
+
+    Args:
+        thread: where it runs; None is any of the loop's own.
     """
     done = asyncio.get_running_loop().run_in_executor(thread, work)
     cancelled = None
@@ -116,6 +117,17 @@ class Txn:
         except POSKeyError:
             return None
         return found if isinstance(found, UvmObject) else None
+
+    def stored(self, oid: str) -> Any:
+        """Returns the object of any class that has this oid: slots, a method, a mission's row.
+
+        Raises:
+            ObjectNotFound: there is none.
+        """
+        try:
+            return self._connection.get(bytes.fromhex(oid))
+        except POSKeyError:
+            raise ObjectNotFound(f"no record {oid} in the image", target=oid) from None
 
     def create(
         self,
@@ -198,10 +210,6 @@ class Txn:
     def doom(self) -> None:
         """Makes sure that this transaction can only end by aborting."""
         self._manager.doom()
-
-    def undo(self, tid: str, image: LivingImage) -> None:
-        """Adds the undoing of an earlier transaction to this one."""
-        image.storage_undo(tid, self._manager.get())
 
 
 class LivingImage:
@@ -330,20 +338,23 @@ class LivingImage:
         """Gives a unit of work a view that it can't change, of now or of an earlier time or transaction.
 
         Raises:
-            InvalidField: `as_of` lies in the future.
+            InvalidField: `as_of` lies in the future, or before the image's history begins.
         """
-        with self.view(as_of) as txn:
-            yield txn
+        try:
+            with self.view(as_of) as txn:
+                yield txn
+        except (POSKeyError, ImageDamaged, ObjectNotFound) as error:
+            if as_of is not None and past.may_be_gone(error):
+                begins = await blocking(lambda: changes.begins(self._db))
+                past.check_begun(as_of, begins)
+            raise
 
     @contextmanager
     def view(self, as_of: dt.datetime | str | None = None) -> Iterator[Txn]:
         """Gives what `reading` gives, in threads too."""
         manager = TransactionManager(explicit=True)
-        at = bytes.fromhex(as_of) if isinstance(as_of, str) else as_of
-        try:
-            connection = self._db.open(manager, at=at)
-        except ValueError as error:
-            raise InvalidField(f"as_of: {error}", field="as_of") from None
+        at = None if as_of is None else past.moment(as_of, self._db.lastTransaction())
+        connection = self._db.open(manager, at=at)
         try:
             manager.begin()
             with typed_errors("reading"):
@@ -391,44 +402,10 @@ class LivingImage:
         """Returns how many objects have a record, parts of other objects included, without reading any."""
         return int(self._db.objectCount())
 
-    def storage_undo(self, tid: str, unit: Any) -> None:
-        """Joins the undoing of transaction `tid` to `unit`.
+    async def changes(self, tid: str) -> Changes:
+        """Returns what an earlier transaction changed; see `uvm.image.changes.read`."""
+        return await blocking(lambda: changes.read(self._db, tid))
 
-        Raises:
-            TransactionNotFound: the storage has no such transaction, or can't undo.
-        """
-        undo_id = self._undo_id(bytes.fromhex(tid))
-        if undo_id is None:
-            raise TransactionNotFound(f"no transaction {tid} that could be undone", transaction_id=tid)
-        self._db.undo(undo_id, unit)
-
-    def _undo_id(self, tid: bytes) -> Any:
-        """Returns the storage's own name of a transaction: an implementation detail of `undoLog`."""
-        if not self._db.supportsUndo():
-            return None
-
-        wanted = base64.encodebytes(tid).rstrip()
-        first = 0
-        while page := self._db.undoLog(first, first + 1000):
-            for entry in page:
-                if entry["id"] == wanted:
-                    return entry["id"]
-            first += len(page)
-        return None
-
-    async def undo(self, tid: str) -> str:
-        """Undoes one transaction and returns the id of the transaction that did it.
-
-        Raises:
-            TransactionNotFound: there is none of this id.
-            NotUndoable: later transactions build on it.
-        """
-        try:
-            async with self.transaction(f"undo {tid}") as txn:
-                txn.undo(tid, self)
-            return txn.tid
-        except UndoError as error:
-            raise NotUndoable(
-                f"transaction {tid} can't be undone: later ones changed the same objects ({error})",
-                transaction_id=tid,
-            ) from None
+    async def changed_since(self, tid: str, oid: str, slot: str | None = None) -> list[dict[str, str]]:
+        """Returns the newest later transactions that wrote a record: `{transaction_id, note, user}`."""
+        return await blocking(lambda: changes.since(self._db, oid, tid, slot))

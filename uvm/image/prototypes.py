@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
+from ZODB.utils import z64
 
 from uvm.errors import DoesNotUnderstand
 from uvm.image.grants import Grant
@@ -31,7 +32,8 @@ class UvmMethod(Persistent):
         doc: first paragraph of the docstring.
         provenance: plain dict: who asked, which model, prompt, memories, trials, transaction note.
         trials: plain list of `{args, kwargs, returns | raises, origin}` that this version has passed.
-        versions: earlier versions, oldest first, as plain dicts of the attributes above.
+        versions: earlier versions, oldest first, as plain dicts of the attributes above and the id of the
+            transaction that installed each.
     """
 
     _shape: ClassVar[Shape] = {
@@ -78,8 +80,14 @@ class UvmMethod(Persistent):
 
     def succeed(self, method: UvmMethod) -> UvmMethod:
         """Returns `method` with this version and its ancestors as its history."""
-        method.versions = (*self.versions, self.record())
+        method.versions = (*self.versions, {**self.record(), "transaction_id": self.transaction_id})
         return method
+
+    @property
+    def transaction_id(self) -> str:
+        """16-digit hex id of the transaction that installed this version; empty before it has committed."""
+        self._p_activate()
+        return self._p_serial.hex() if self._p_serial != z64 else ""
 
 
 class UvmObject(Persistent):

@@ -55,6 +55,15 @@ class Chunk(Persistent):
         self.subject = subject
         self.created = time.time()
 
+    @property
+    def key(self) -> str:
+        """What makes a chunk the same as another: two of one subject, or of one text, do not stay both."""
+        return _key(self.kind, self.subject, self.text)
+
+
+def _key(kind: str, subject: str | None, text: str) -> str:
+    return f"{kind} {subject}" if subject else f"{kind} {hashlib.sha256(text.encode()).hexdigest()}"
+
 
 class KnowledgeCatalog(UvmObject):
     """The object that holds the memory; `len` counts its chunks."""
@@ -91,7 +100,7 @@ class KnowledgeCatalog(UvmObject):
         Args:
             vector: float32[d], unit length.
         """
-        key = f"{kind} {subject}" if subject else f"{kind} {hashlib.sha256(text.encode()).hexdigest()}"
+        key = _key(kind, subject, text)
         known = self._keys.get(key)
         if known is not None and self._chunks[known].text == text:
             return int(known)
@@ -102,6 +111,20 @@ class KnowledgeCatalog(UvmObject):
         self._chunks[chunk_id] = Chunk(text, embedding, kind, source, persona, subject)
         self._keys[key] = chunk_id
         return int(chunk_id)
+
+    def known(self, key: str) -> Chunk | None:
+        """Returns what is remembered under a chunk's key, or None."""
+        chunk_id = self._keys.get(key)
+        return None if chunk_id is None else self._chunks.get(chunk_id)
+
+    def put(self, key: str, chunk: Chunk | None) -> None:
+        """Lets a chunk that was remembered before take the place under its key; None clears the place."""
+        known = self._keys.pop(key, None)
+        if known is not None:
+            self._chunks.pop(known, None)
+        if chunk is not None:
+            self._keys[key] = self._chunks.maxKey() + 1 if self._chunks else 1
+            self._chunks[self._keys[key]] = chunk
 
     def chunks(self) -> Any:
         """Returns the BTree of the chunks: id -> Chunk."""

@@ -54,6 +54,11 @@ class FractalMemory:
         return _known(catalog).add(text, vector, kind=kind, source=source, persona=persona, subject=subject)
 
 
+def method_text(description: str | None, doc: str, selector: str, source: str) -> str:
+    """Returns what the memory keeps of a method: its purpose and its source."""
+    return f"{description or doc or selector.replace('_', ' ')}\n```python\n{source}```"
+
+
 def _known(catalog: UvmObject) -> KnowledgeCatalog:
     assert isinstance(catalog, KnowledgeCatalog), "the awakening makes the catalog of this class"
     return catalog

@@ -233,7 +233,11 @@ SLASHES: dict[str, Slash] = {
     "create": Slash("NAME [PARENT …]", "makes an object", _create),
     "set": Slash("OBJECT.SLOT = VALUE", "writes a data slot", _with_match("set_slot", _SLOT)),
     "unset": Slash("OBJECT.SLOT", "deletes a data slot", _with_match("delete_slot", _SLOT_NAME)),
-    "history": Slash("OBJECT.METHOD", "lists a method's versions", _with_match("method_history", _METHOD)),
+    "history": Slash(
+        "OBJECT.METHOD",
+        "tells a method's versions",
+        _with_match("method_history", _METHOD),
+    ),
     "revert": Slash(
         "OBJECT.METHOD [VERSION]", "brings an earlier version back", _with_match("revert_method", _METHOD)
     ),

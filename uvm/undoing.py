@@ -1,0 +1,201 @@
+"""Undoing one transaction: everything that it meant is put back, where nothing later builds on it. Layer 3.
+
+Undone are slots, names and memories; what the journal says stays, because an acknowledged mission is never
+lost: a mission whose method was undone is complete, and `undone` says by which transaction's undoing. An
+undoing is a transaction like any other and can be undone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from uvm.codec import Ref
+from uvm.errors import NotUndoable, ObjectNotFound
+from uvm.image import journal
+from uvm.image.changes import ABSENT, Absent, Change, Changes, Held, same, settled
+from uvm.image.image import LivingImage, Txn, blocking
+from uvm.memory.catalog import KnowledgeCatalog
+
+
+@dataclass(frozen=True, slots=True)
+class _Clash:
+    """What stands in the way: a record, and the slot in it, that something later has changed."""
+
+    what: str
+    oid: str
+    slot: str | None = None
+
+
+class Undoing:
+    """Undoes transactions of one image.
+
+    Args:
+        catalog: name of the object that holds the memory.
+        lasting: names of the objects without which the image is none.
+    """
+
+    def __init__(self, image: LivingImage, catalog: str, lasting: frozenset[str]) -> None:
+        self._image = image
+        self._catalog = catalog
+        self._lasting = lasting
+
+    async def undo(self, tid: str, user: str) -> str:
+        """Undoes a transaction and returns the id of the transaction that did it.
+
+        Raises:
+            TransactionNotFound: there is none of this id, or its history is packed.
+            NotUndoable: later transactions build on it, or it must not be undone; the text says which.
+        """
+        changes = await self._image.changes(tid)
+        self._check(changes)
+        done: list[Txn] = []
+
+        async def unit(txn: Txn) -> None:
+            clashes = await blocking(lambda: _clashes(txn, self._memory(txn), changes))
+            if clashes:
+                await self._refuse(txn, changes, clashes[0])
+            await blocking(lambda: self._apply(txn, changes))
+            done.append(txn)
+
+        await self._image.attempt(f"undo {tid}", unit, user=user)
+        return done[-1].tid
+
+    def _check(self, changes: Changes) -> None:
+        tid = changes.tid
+        lasting = sorted(self._lasting & changes.names.keys())
+        if changes.foundations or lasting:
+            what = f"made {lasting[0]}" if lasting else "changed what the image rests on"
+            raise NotUndoable(f"transaction {tid} {what}, which can't be undone", transaction_id=tid)
+        if not (changes.slots or changes.names or changes.memories):
+            what = "changed nothing" if not changes.missions else "only keeps the journal, which lasts"
+            raise NotUndoable(f"transaction {tid} {what}", transaction_id=tid)
+
+    async def _refuse(self, txn: Txn, changes: Changes, clash: _Clash) -> None:
+        tid = changes.tid
+        if _is_undone(txn, self._memory(txn), changes):
+            raise NotUndoable(f"transaction {tid} is undone already", transaction_id=tid)
+        later = await self._image.changed_since(tid, clash.oid, clash.slot)
+        by = ", ".join(f"{one['transaction_id']} ({one['note']})" for one in later) or "another one"
+        raise NotUndoable(
+            f"transaction {tid} can't be undone: {clash.what} was changed later, by {by}; undo that first",
+            transaction_id=tid,
+            later=later,
+        )
+
+    def _apply(self, txn: Txn, changes: Changes) -> None:
+        for oid, slots in changes.slots.items():
+            mapping = txn.stored(oid)
+            for slot, change in slots.items():
+                if change.was == ABSENT:
+                    del mapping[slot]
+                else:
+                    mapping[slot] = _value(txn, changes, change.was)
+        for name, change in changes.names.items():
+            if change.was == ABSENT:
+                del txn.names[name]
+            else:
+                txn.names[name] = _value(txn, changes, Ref(change.was))
+        for oid in changes.created:
+            txn.rely_on(txn.find(oid))
+        self._apply_memories(txn, changes)
+        for oid, change in changes.missions.items():
+            _mark(txn.stored(oid), change, changes.tid)
+
+    def _apply_memories(self, txn: Txn, changes: Changes) -> None:
+        """Puts texts back; one that was replaced since then stays: it says what is true now."""
+        catalog = self._memory(txn)
+        for key, change in _memories(txn, changes).items():
+            if _chunk(catalog, key) == change.then:
+                catalog.put(key, None if change.was == ABSENT else _value(txn, changes, change.was))
+
+    def _memory(self, txn: Txn) -> KnowledgeCatalog:
+        catalog = txn.find(self._catalog)
+        assert isinstance(catalog, KnowledgeCatalog), "the awakening makes the catalog of this class"
+        return catalog
+
+
+def _memories(txn: Txn, changes: Changes) -> dict[str, Change]:
+    """Returns what was remembered and forgotten: key of a chunk -> change of its `Held`."""
+    found: dict[str, Change] = {}
+    for side in ("was", "then"):
+        for change in changes.memories.values():
+            chunk = getattr(change, side)
+            if chunk != ABSENT:
+                key = _value(txn, changes, chunk).key
+                found[key] = replace(found.get(key, Change(ABSENT, ABSENT)), **{side: chunk})
+    return found
+
+
+def _chunk(catalog: KnowledgeCatalog, key: str) -> Held | Absent:
+    """Returns what the catalog remembers under a key."""
+    chunk = catalog.known(key)
+    return ABSENT if chunk is None else Held(chunk._p_oid.hex() if chunk._p_oid else "")
+
+
+def _clashes(txn: Txn, catalog: KnowledgeCatalog, changes: Changes) -> list[_Clash]:
+    """Returns what is no longer as the transaction left it."""
+    found = []
+    for oid, slots in changes.slots.items():
+        now = txn.stored(oid)
+        for slot, change in slots.items():
+            if not same(settled(now[slot]) if slot in now else ABSENT, change.then):
+                found.append(_Clash(f"slot {slot!r}", oid, slot))
+    for name, change in changes.names.items():
+        held = txn.names.get(name)
+        if (ABSENT if held is None else held.oid) != change.then:
+            oid = change.then if held is None else held.oid
+            found.append(_Clash(f"the object {name!r}", oid))
+    for oid in changes.created:
+        made = txn.find(oid)
+        for record in (made, made._slots):
+            record._p_activate()
+            if record._p_serial.hex() != changes.tid:
+                found.append(_Clash(f"the object {made.label}", record._p_oid.hex()))
+    if not (changes.slots or changes.names):  # beside them, a memory that has changed since simply stays
+        for key, change in _memories(txn, changes).items():
+            if _chunk(catalog, key) != change.then:
+                found.append(_Clash("the memory", catalog._p_oid.hex()))
+    return found
+
+
+def _is_undone(txn: Txn, catalog: KnowledgeCatalog, changes: Changes) -> bool:
+    """Returns whether everything is as it was before the transaction."""
+    slots = (
+        same(settled(now[slot]) if slot in now else ABSENT, change.was)
+        for oid, changed in changes.slots.items()
+        for now in [txn.stored(oid)]
+        for slot, change in changed.items()
+    )
+    names = (
+        (ABSENT if (held := txn.names.get(name)) is None else held.oid) == change.was
+        for name, change in changes.names.items()
+    )
+    memories = (
+        not (changes.slots or changes.names) and _chunk(catalog, key) != change.was
+        for key, change in _memories(txn, changes).items()
+    )
+    return all(slots) and all(names) and not any(memories)
+
+
+def _mark(row: journal.MissionRow, change: Change, tid: str) -> None:
+    """Lets a mission's row say that what it brought was undone, or no longer is; the rest of it stays."""
+    was, then = change.was.get("undone"), change.then.get("undone")
+    outcome = {name: value for name, value in row.outcome.items() if name != "undone"}
+    if then is None and change.then.get("state") == journal.COMPLETE != change.was.get("state"):
+        row.outcome = {**outcome, "undone": tid}
+    elif then != was:
+        row.outcome = outcome if was is None else {**outcome, "undone": was}
+
+
+def _value(txn: Txn, changes: Changes, value: Any) -> Any:
+    """Returns a settled value as a slot keeps it."""
+    try:
+        if isinstance(value, Held):
+            return txn.stored(value.oid)
+        return txn.storable(value)
+    except ObjectNotFound as error:
+        raise NotUndoable(
+            f"transaction {changes.tid} can't be undone: what it replaced is gone, its history is packed",
+            transaction_id=changes.tid,
+        ) from error
