@@ -20,6 +20,7 @@ from ZODB.POSException import ConflictError
 from uvm.broker import folder
 from uvm.broker.folder import Parts, Signature
 from uvm.errors import FilesNotWritten
+from uvm.pressure import exhausted
 
 _LAST = "\U0010ffff"  # sorts after every storage: the image commits before files appear
 MISSING: Signature = (0, 0, 0, 0)  # of a file that is not there
@@ -229,7 +230,9 @@ def _finish(ready: _Ready) -> None:
 def _not_written(change: Change, error: OSError, *, committed: bool) -> FilesNotWritten:
     reason = error.strerror or str(error)
     after = "; the image has committed" if committed else ""
-    return FilesNotWritten(f"{_told(change)} was not written: {reason}{after}", committed=committed)
+    pressed = exhausted(error)
+    want = {} if pressed is None else {"resource": pressed.details["resource"]}
+    return FilesNotWritten(f"{_told(change)} was not written: {reason}{after}", committed=committed, **want)
 
 
 def _told(change: Change) -> str:
