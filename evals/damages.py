@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import hashlib
 import json
 import logging
@@ -145,7 +146,8 @@ async def _tell_story(folder: Path, draw: random.Random) -> Story:
 async def _work(image: LivingImage, number: int, draw: random.Random) -> None:
     """Commits one transaction of those that a kernel commits."""
     if number % 12 == 2:
-        await image.undo(image.last_transaction())
+        async with image.transaction(f"undo {number}") as txn:
+            image._db.undo(base64.encodebytes(bytes.fromhex(txn.newest)).rstrip(), txn._manager.get())
         return
     async with image.transaction(f"unit {number}") as txn:
         if number % 3 == 0:
@@ -153,7 +155,7 @@ async def _work(image: LivingImage, number: int, draw: random.Random) -> None:
         elif number % 3 == 1:
             thing = txn.find(f"thing_{number - 1}")
             source = f"def f(self):\n    return {number}\n"
-            history.install(thing, UvmMethod("f", (), source, "Doc.", {"mission_id": str(number)}, []))
+            history.install(txn, thing, UvmMethod("f", (), source, "Doc.", {"mission_id": str(number)}, []))
         else:
             txn.find(f"thing_{number - 2}").n = -number
             journal.add(txn, "0" * 16, {"selector": f"f{number}"}, "architect")

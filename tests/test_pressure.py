@@ -10,6 +10,7 @@ import asyncio
 import datetime as dt
 import errno
 import json
+import os
 import resource
 import shutil
 import socket
@@ -27,7 +28,7 @@ from tests.conftest import Start, scripted, writes
 from tests.garden import Garden
 from tests.pressure import Disk, Shim, address_space, brittle_disk, limited, small_disk, turn_read_only
 from uvm.client import Kernel
-from uvm.errors import KernelUnreachable, ResourceExhausted, ShuttingDown
+from uvm.errors import FilesNotWritten, KernelUnreachable, ResourceExhausted, ShuttingDown
 from uvm.hands.orders import FORK, pack_order
 from uvm.hands.pool import HandPool
 from uvm.image.image import LivingImage, Txn
@@ -198,7 +199,7 @@ async def test_a_commit_that_does_not_fit_leaves_nothing_in_the_file(disk: Disk)
         disk.fill()
         with pytest.raises(ResourceExhausted):
             await keep("large_obj", 4_000)
-        image._undo_id(bytes(8))  # reads the file from its end on
+        image._db.undoLog(0, 1000)  # reads the file from its end on
         disk.free()
         await keep(f"few_{turn}", 1)
         assert (disk.path / "live_image.fs").stat().st_size == image.size()
@@ -297,6 +298,34 @@ async def test_room_is_kept_for_what_is_under_way(disk: Disk, tmp_path: Path) ->
         await kernel.request("cancel_mission", mission_id=(await kernel.request("missions"))[0]["mission_id"])
         disk.free()
         assert await until_there_is_room(lambda: kernel.send("genesis_obj", "keep", 7)) == 7
+
+
+async def test_a_file_that_does_not_fit_takes_its_message_back(disk: Disk, tmp_path: Path) -> None:
+    save = (
+        "def save(self, size):\n"
+        "    self.files.write_text('note.txt', 'n' * size)\n"
+        "    self.saved = size\n"
+        "    self._p_changed = True\n"
+        "    return size"
+    )
+    (disk.path / "out").mkdir()
+    folder = {"path": str(tmp_path / "home" / "data" / "out"), "write": True}
+    async with started(disk, scripted(tmp_path, writes("save", save))) as (process, kernel):
+        await kernel.request("grant", target_oid="genesis_obj", kind="files", options=folder)
+        await kernel.teach("genesis_obj", "save", ["size"], examples=[{"args": [1], "returns": 1}])
+        assert await kernel.send("genesis_obj", "save", 10) == 10
+        disk.fill(leave=100_000)
+        with pytest.raises(FilesNotWritten) as caught:
+            await kernel.send("genesis_obj", "save", 500_000)
+        assert caught.value.details == {"committed": False, "resource": "disk"}
+        assert await slot(kernel, "saved") == 10
+        assert os.listdir(disk.path / "out") == ["note.txt"]
+        assert (disk.path / "out" / "note.txt").stat().st_size == 10
+        disk.free()
+        assert await kernel.send("genesis_obj", "save", 500_000) == 500_000
+        assert (disk.path / "out" / "note.txt").stat().st_size == 500_000
+        assert process.stop() == 0
+    assert slots_in_image(disk, tmp_path)["saved"] == 500_000
 
 
 async def test_no_start_on_a_full_disk_says_so(disk: Disk, tmp_path: Path) -> None:

@@ -144,11 +144,7 @@ def _callers(txn: Txn, target: UvmObject, selector: str) -> Iterator[Caller]:
 
 def _holders(txn: Txn) -> Iterator[UvmObject]:
     """Yields the objects that may hold methods."""
-    listed = txn.root.get("holders")
-    if listed is None:
-        yield from txn.names.values()
-        return
-    for oid in listed:
+    for oid in txn.root["holders"]:
         try:
             yield txn.find(oid)
         except BatosError:  # packed away, or no object any more: it calls nothing

@@ -22,6 +22,7 @@ from uvm.broker import folder
 from uvm.broker.folder import Parts, Signature
 from uvm.broker.moves import MISSING, Entry, Move, MovesLog, settle
 from uvm.errors import FilesNotWritten
+from uvm.pressure import exhausted
 
 _LAST = "\U0010ffff"  # sorts after every storage: the image commits before files appear
 if sys.platform != "win32":  # there are no hands there, and so no grants
@@ -237,7 +238,9 @@ def _fill(file: int, content: bytes, before: os.stat_result | None) -> None:
 def _not_written(change: Change, error: OSError, *, committed: bool) -> FilesNotWritten:
     reason = error.strerror or str(error)
     after = "; the image has committed, and the next start tries it again" if committed else ""
-    return FilesNotWritten(f"{_told(change)} was not written: {reason}{after}", committed=committed)
+    pressed = exhausted(error)
+    want = {} if pressed is None else {"resource": pressed.details["resource"]}
+    return FilesNotWritten(f"{_told(change)} was not written: {reason}{after}", committed=committed, **want)
 
 
 def _told(change: Change) -> str:
