@@ -1,0 +1,115 @@
+"""Who kills in a torture run: SIGKILL at random moments, to what the weights choose.
+
+Most kills come while clients are being answered, the others during a start or a recovery.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from evals.torture.house import House, until
+from evals.torture.processes import HAND, KERNEL, WATCHDOG, ZYGOTE, Process, strike
+
+TARGETS = {
+    (KERNEL,): 8,
+    (WATCHDOG,): 4,
+    (ZYGOTE,): 3,
+    (HAND,): 6,
+    (WATCHDOG, KERNEL): 2,
+    (KERNEL, ZYGOTE): 1,
+    (HAND, KERNEL): 1,
+}
+EARLY = 0.35  # share of the kills that come soon after the one before
+EARLY_S, LATE_S = 1.2, 0.9  # the longest pause after the kill before, and after the first answer
+APPEARS_S = 30.0  # until there is what is to be killed
+ANSWERS_S = 60.0  # until a client is answered again
+ORPHANS_S = 5.0  # until the zygote and the hands of a killed kernel are gone
+
+
+@dataclass
+class Killed:
+    """What was killed.
+
+    Attributes:
+        kinds: kinds of the processes of each kill, joined by `+`.
+        orphans: why, where zygote or hands of a killed kernel outlived it for too long.
+        orphaned_s: the longest time until they were gone.
+        stuck: why, where nothing was answered, or nothing to kill appeared, for too long.
+    """
+
+    kinds: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    orphaned_s: float = 0.0
+    stuck: list[str] = field(default_factory=list)
+
+
+async def kill(
+    house: House, kills: int, rng: random.Random, answered: Callable[[], int], tell: Callable[[int], None]
+) -> Killed:
+    """Kills so many times.
+
+    Args:
+        answered: how many requests of clients were answered so far.
+        tell: told after each kill how many there were.
+    """
+    done = Killed()
+    watches = []
+    for number in range(1, kills + 1):
+        early = rng.random() < EARLY
+        await _pause(done, rng, answered, early=early)
+        (kinds,) = rng.choices([*TARGETS], [*TARGETS.values()])
+        struck = await _strike_all(house, kinds, rng, done)
+        done.kinds.append("+".join(kinds))
+        watches += [
+            asyncio.create_task(_watch_orphans(house, process, done))
+            for process in struck
+            if process.kind == KERNEL
+        ]
+        tell(number)
+    await asyncio.gather(*watches)
+    return done
+
+
+async def _pause(done: Killed, rng: random.Random, answered: Callable[[], int], *, early: bool) -> None:
+    if not early:
+        before = answered()
+        if not await until(lambda: answered() > before + 3, ANSWERS_S):
+            done.stuck.append(f"no client was answered for {ANSWERS_S:g} s after kill {len(done.kinds)}")
+    await asyncio.sleep(rng.uniform(0, EARLY_S if early else LATE_S))
+
+
+async def _strike_all(
+    house: House, kinds: tuple[str, ...], rng: random.Random, done: Killed
+) -> list[Process]:
+    """Kills one process of each kind, a hand that runs before one that waits; returns whom."""
+    struck: list[Process] = []
+    deadline = time.monotonic() + APPEARS_S
+    for kind in kinds:
+        while kind not in [process.kind for process in struck]:
+            found = house.living(kind)
+            chosen = rng.choice([hand for hand in found if hand.busy] or found) if found else None
+            if chosen is not None and strike(chosen):
+                struck.append(chosen)
+            elif time.monotonic() > deadline or struck:  # the second of two may have gone with the first
+                break
+            else:
+                await asyncio.sleep(0.01)
+    if not struck:
+        done.stuck.append(f"no {kinds[0]} for {APPEARS_S:g} s")
+    return struck
+
+
+async def _watch_orphans(house: House, kernel: Process, done: Killed) -> None:
+    began = time.monotonic()
+
+    def left() -> list[Process]:
+        return [p for p in house.census.take() if p.kernel == kernel.pid and p.pid != kernel.pid]
+
+    if not await until(lambda: not left(), ORPHANS_S):
+        told = ", ".join(f"{process.kind} {process.pid}" for process in left())
+        done.orphans.append(f"{told} of kernel {kernel.pid} lived on for {ORPHANS_S:g} s")
+    done.orphaned_s = max(done.orphaned_s, time.monotonic() - began)
