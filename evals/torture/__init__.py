@@ -24,7 +24,7 @@ from evals.torture import script, wire
 from evals.torture.books import Book
 from evals.torture.house import House, until
 from evals.torture.image import Findings, interrupted
-from evals.torture.killer import Killed, kill
+from evals.torture.killer import BIRTHS, Killed, kill, kill_births
 from evals.torture.load import Client, prepare
 from uvm.errors import BatosError
 
@@ -65,10 +65,13 @@ async def tortured(folder: Path, kills: int, seed: int, clients: int) -> Report:
     books = [Book(str(number)) for number in range(clients)]
     began = time.monotonic()
     house = House(folder / "home", script.settings(folder))
+    killed = Killed()
     async with house:
+        births = round(kills * BIRTHS)
+        await kill_births(house, births, random.Random(f"{seed} births"), killed)
         async with house.client() as kernel:
             await prepare(kernel, books)
-        killed = await _killed(house, books, kills, seed)
+        await _kill(house, books, kills - births, seed, killed)
         found = await _asked(house, books)
         found["a stop is in good order"] = _ended(await house.stop())
         await until(lambda: not house.census.leftover(), GONE_S)
@@ -84,7 +87,7 @@ async def tortured(folder: Path, kills: int, seed: int, clients: int) -> Report:
     return report
 
 
-async def _killed(house: House, books: list[Book], kills: int, seed: int) -> Killed:
+async def _kill(house: House, books: list[Book], kills: int, seed: int, killed: Killed) -> None:
     """Puts the load on, kills, and takes the load off again."""
     stop = asyncio.Event()
     clients = [Client(book, house.client, random.Random(f"{seed} {book.name}"), stop).run() for book in books]
@@ -101,11 +104,10 @@ async def _killed(house: House, books: list[Book], kills: int, seed: int) -> Kil
             )
 
     try:
-        killed = await kill(house, kills, random.Random(seed), lambda: _answered(books), tell)
+        await kill(house, kills, random.Random(seed), lambda: _answered(books), tell, killed)
     finally:
         stop.set()
         await asyncio.gather(*working)
-    return killed
 
 
 async def _asked(house: House, books: list[Book]) -> dict[str, list[str]]:

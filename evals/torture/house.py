@@ -67,18 +67,24 @@ class House:
         self._counting: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Starts the watchdog and waits until its kernel is live."""
+        """Starts the watchdog."""
         self.home.mkdir(parents=True, exist_ok=True)
         self._start()
-        if not await until(lambda: LIVE in self.log, LIVE_S):
-            await self.close()
-            raise ValueError(f"no kernel is live after {LIVE_S:g} s: {self.log[-2000:]}")
         self._keeping = asyncio.create_task(self._keep())
         self._counting = asyncio.create_task(self._count())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    async def live(self, printed: int = 0) -> None:
+        """Waits until a kernel says that it is live, beyond the first `printed` characters of its log.
+
+        Raises:
+            ValueError: none is live in time; the text holds what it printed.
+        """
+        if not await until(lambda: LIVE in self.log[printed:], LIVE_S):
+            raise ValueError(f"no kernel is live after {LIVE_S:g} s: {self.log[-2000:]}")
 
     @property
     def log(self) -> str:

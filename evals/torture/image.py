@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ZODB.FileStorage import FileStorage
+from ZODB.serialize import referencesf
+from ZODB.utils import load_current, z64
 
 from evals.torture import script
 from evals.torture.books import Book
@@ -60,19 +62,20 @@ class Findings:
             image.close()
 
     def unreadable(self) -> list[str]:
-        """Returns the records of the file that can't be loaded as what they are."""
+        """Returns the objects of the image that can't be loaded as what they are.
+
+        What nothing refers to any more is no object of the image: a bucket that a tree has let go of, for
+        one, is stored empty for the last time, which no bucket in a tree may be.
+        """
         storage = FileStorage(str(self._file), blob_dir=str(self._blobs), read_only=True)
         database = Database(storage)
         bad = []
         try:
-            oids = set()
             for transaction in storage.iterator():
                 self.transactions += 1
-                for record in transaction:
-                    self.records += 1
-                    oids.add(record.oid)
+                self.records += sum(1 for _ in transaction)
             with database.transaction() as connection:
-                for oid in oids:
+                for oid in _reachable(storage):
                     try:
                         connection.get(oid)._p_activate()
                     except Exception as error:
@@ -149,6 +152,18 @@ class Findings:
         for name, found in txn.names.items(min=f"made_{book.name}_", max=f"made_{book.name}_~"):
             if found.data() != {"mark": book.objects.get(name)}:
                 self.uninvited.append(f"{name} has {found.data()}")
+
+
+def _reachable(storage: Any) -> set[bytes]:
+    """Returns the oids of all that the root leads to."""
+    found: set[bytes] = set()
+    left = [z64]
+    while left:
+        oid = left.pop()
+        if oid not in found:
+            found.add(oid)
+            left += referencesf(load_current(storage, oid)[0])
+    return found
 
 
 def _reason(row: dict[str, Any]) -> str:

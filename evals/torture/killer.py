@@ -23,6 +23,7 @@ TARGETS = {
     (KERNEL, ZYGOTE): 1,
     (HAND, KERNEL): 1,
 }
+BIRTHS = 0.1  # share of the kills that come during the very first start, while keys and image are made
 EARLY = 0.35  # share of the kills that come soon after the one before
 EARLY_S, LATE_S = 1.2, 0.9  # the longest pause after the kill before, and after the first answer
 APPEARS_S = 30.0  # until there is what is to be killed
@@ -47,16 +48,32 @@ class Killed:
     stuck: list[str] = field(default_factory=list)
 
 
+async def kill_births(house: House, kills: int, rng: random.Random, done: Killed) -> None:
+    """Kills a kernel that has never been live before, so many times; then waits until one is live."""
+    printed = 0
+    for _ in range(kills):
+        await until(lambda: bool(house.living(KERNEL)), APPEARS_S)
+        await asyncio.sleep(rng.uniform(0, EARLY_S))
+        printed = len(house.log)
+        await _strike_all(house, (KERNEL,), rng, done)
+        done.kinds.append("kernel at its birth")
+    await house.live(printed)
+
+
 async def kill(
-    house: House, kills: int, rng: random.Random, answered: Callable[[], int], tell: Callable[[int], None]
-) -> Killed:
-    """Kills so many times.
+    house: House,
+    kills: int,
+    rng: random.Random,
+    answered: Callable[[], int],
+    tell: Callable[[int], None],
+    done: Killed,
+) -> None:
+    """Kills so many times, and writes into `done` what that was.
 
     Args:
         answered: how many requests of clients were answered so far.
         tell: told after each kill how many there were.
     """
-    done = Killed()
     watches = []
     for number in range(1, kills + 1):
         early = rng.random() < EARLY
@@ -71,7 +88,6 @@ async def kill(
         ]
         tell(number)
     await asyncio.gather(*watches)
-    return done
 
 
 async def _pause(done: Killed, rng: random.Random, answered: Callable[[], int], *, early: bool) -> None:

@@ -22,6 +22,7 @@ SAMPLE = 5  # the argument of each example
 _EXAMPLE = r"self\.{kind}_(\d+)\(5\) returns \[5, \d+, (\d)\]"
 _MISSED = r"It was called as: self\.{kind}_(\d+)\(5\)"
 _BUSY = "    for step in range(2_000_000):\n        pass\n"
+_DWELL = "    for step in range(40_000_000 if number % 8 == 7 else 2_000_000):\n        pass\n"
 _ENTER = (
     "    self.count = self.count + 1\n"
     "    self.entries = [*self.entries, number]\n"
@@ -46,7 +47,10 @@ def lines() -> list[dict[str, Any]]:
         *_methods("slow", seconds=0.25),
         *_methods("long", _BUSY),
         *_methods(FAILS, "    x = None\n"),
-        *(_entering(selector, body) for selector, body in (("increment", _ENTER), ("dwell", _BUSY + _ENTER))),
+        *(
+            _entering(selector, body)
+            for selector, body in (("increment", _ENTER), ("dwell", _DWELL + _ENTER))
+        ),
     ]
 
 

@@ -191,8 +191,14 @@ class HandPool:
             "selector": selector,
             "parameters": None if parameters is None else list(parameters),
         }
+        audit = pack("audit", job)
         async with self._turn():
-            kind, payload, _ = await self._serve("the audit", pack("audit", job), _no_answer, self._timeout_s)
+            try:
+                kind, payload, _ = await self._serve("the audit", audit, _no_answer, self._timeout_s)
+            except (
+                HandDied
+            ):  # reading changes nothing, so a mission need not fail because its hand was killed
+                kind, payload, _ = await self._serve("the audit", audit, _no_answer, self._timeout_s)
         with _honest("the audit"):
             self._expect("audited", kind, "the audit")
             return audited(payload)
