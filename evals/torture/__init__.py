@@ -24,7 +24,7 @@ from evals.torture import script, wire
 from evals.torture.books import Book
 from evals.torture.house import House, until
 from evals.torture.image import Findings, interrupted
-from evals.torture.killer import BIRTHS, Killed, kill, kill_births
+from evals.torture.killer import BIRTHS, Killed, kill, kill_births, plan
 from evals.torture.load import Client, prepare
 from uvm.errors import BatosError
 
@@ -104,7 +104,7 @@ async def _kill(house: House, books: list[Book], kills: int, seed: int, killed: 
             )
 
     try:
-        await kill(house, kills, random.Random(seed), lambda: _answered(books), tell, killed)
+        await kill(house, plan(kills, random.Random(seed)), lambda: _answered(books), tell, killed)
     finally:
         stop.set()
         await asyncio.gather(*working)

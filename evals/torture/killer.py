@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from evals.torture.house import House, until
@@ -29,6 +29,31 @@ EARLY_S, LATE_S = 1.2, 0.9  # the longest pause after the kill before, and after
 APPEARS_S = 30.0  # until there is what is to be killed
 ANSWERS_S = 60.0  # until a client is answered again
 ORPHANS_S = 5.0  # until the zygote and the hands of a killed kernel are gone
+
+
+@dataclass(frozen=True)
+class Blow:
+    """One kill to be.
+
+    Attributes:
+        kinds: of the processes to be killed at once.
+        early: whether it comes soon after the one before, and not when a client is answered again.
+        pause_s: until it falls.
+    """
+
+    kinds: tuple[str, ...]
+    early: bool
+    pause_s: float
+
+
+def plan(kills: int, rng: random.Random) -> list[Blow]:
+    """Returns what is killed and when; the same for the same seed."""
+    blows = []
+    for _ in range(kills):
+        early = rng.random() < EARLY
+        (kinds,) = rng.choices([*TARGETS], [*TARGETS.values()])
+        blows.append(Blow(kinds, early, rng.uniform(0, EARLY_S if early else LATE_S)))
+    return blows
 
 
 @dataclass
@@ -55,32 +80,31 @@ async def kill_births(house: House, kills: int, rng: random.Random, done: Killed
         await until(lambda: bool(house.living(KERNEL)), APPEARS_S)
         await asyncio.sleep(rng.uniform(0, EARLY_S))
         printed = len(house.log)
-        await _strike_all(house, (KERNEL,), rng, done)
+        await _strike_all(house, (KERNEL,), done)
         done.kinds.append("kernel at its birth")
     await house.live(printed)
 
 
 async def kill(
     house: House,
-    kills: int,
-    rng: random.Random,
+    blows: Sequence[Blow],
     answered: Callable[[], int],
     tell: Callable[[int], None],
     done: Killed,
 ) -> None:
-    """Kills so many times, and writes into `done` what that was.
+    """Kills as planned, and writes into `done` what that was.
 
     Args:
         answered: how many requests of clients were answered so far.
         tell: told after each kill how many there were.
     """
     watches = []
-    for number in range(1, kills + 1):
-        early = rng.random() < EARLY
-        await _pause(done, rng, answered, early=early)
-        (kinds,) = rng.choices([*TARGETS], [*TARGETS.values()])
-        struck = await _strike_all(house, kinds, rng, done)
-        done.kinds.append("+".join(kinds))
+    for number, blow in enumerate(blows, 1):
+        if not blow.early:
+            await _wait_for_answers(done, answered)
+        await asyncio.sleep(blow.pause_s)
+        struck = await _strike_all(house, blow.kinds, done)
+        done.kinds.append("+".join(blow.kinds))
         watches += [
             asyncio.create_task(_watch_orphans(house, process, done))
             for process in struck
@@ -90,24 +114,20 @@ async def kill(
     await asyncio.gather(*watches)
 
 
-async def _pause(done: Killed, rng: random.Random, answered: Callable[[], int], *, early: bool) -> None:
-    if not early:
-        before = answered()
-        if not await until(lambda: answered() > before + 3, ANSWERS_S):
-            done.stuck.append(f"no client was answered for {ANSWERS_S:g} s after kill {len(done.kinds)}")
-    await asyncio.sleep(rng.uniform(0, EARLY_S if early else LATE_S))
+async def _wait_for_answers(done: Killed, answered: Callable[[], int]) -> None:
+    before = answered()
+    if not await until(lambda: answered() > before + 3, ANSWERS_S):
+        done.stuck.append(f"no client was answered for {ANSWERS_S:g} s after kill {len(done.kinds)}")
 
 
-async def _strike_all(
-    house: House, kinds: tuple[str, ...], rng: random.Random, done: Killed
-) -> list[Process]:
+async def _strike_all(house: House, kinds: tuple[str, ...], done: Killed) -> list[Process]:
     """Kills one process of each kind, a hand that runs before one that waits; returns whom."""
     struck: list[Process] = []
     deadline = time.monotonic() + APPEARS_S
     for kind in kinds:
         while kind not in [process.kind for process in struck]:
             found = house.living(kind)
-            chosen = rng.choice([hand for hand in found if hand.busy] or found) if found else None
+            chosen = random.choice([hand for hand in found if hand.busy] or found) if found else None
             if chosen is not None and strike(chosen):
                 struck.append(chosen)
             elif time.monotonic() > deadline or struck:  # the second of two may have gone with the first
