@@ -104,8 +104,9 @@ class PrototypalStateMachine:
             while cycle.state not in FINAL:
                 await self._move(cycle, await self._handlers[cycle.state](cycle))
         except asyncio.CancelledError as error:
-            await self._fail(cycle, error)
-            raise
+            if cycle.state is not State.COMPLETE:  # once committed, it comes too late
+                await self._fail(cycle, error)
+                raise
         except Exception as error:
             if cycle.state is not State.COMPLETE:  # once committed, a full disk under the log changes nothing
                 await self._fail(cycle, error)

@@ -17,7 +17,7 @@ from evals.torture.books import Book, Slot, Taught
 from uvm import errors
 from uvm.client import Kernel
 
-MESSAGE_S, CYCLE_S = 1.5, 4.0  # how long a client waits for an answer
+MESSAGE_S, CYCLE_S = 1.5, 6.0  # how long a client waits for an answer
 PAUSE_S = 0.03  # at most, between two things that a client does
 SLOTS = 12  # that a client writes to in turn
 # What a client must be ready for when processes die under its requests. All else is a fault.
