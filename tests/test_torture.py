@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from batos import Kernel
+from config import Settings
 from evals import torture
 from evals.__main__ import main
 from evals.report import Case, Report
@@ -23,6 +26,7 @@ from evals.torture.processes import KERNEL, Census, Process, strike
 from uvm.image import journal
 from uvm.image.image import LivingImage, Txn
 from uvm.image.prototypes import UvmMethod
+from uvm.messages import Ping
 from uvm.mind.backends import Message
 from uvm.mind.backends.scripted import Scripted
 
@@ -63,6 +67,17 @@ def test_the_same_seed_is_the_same_plan() -> None:
     assert once == again != other
     assert {kind for blow in once for kind in blow.kinds} == {"kernel", "watchdog", "zygote", "hand"}
     assert {blow.early for blow in once} == {True, False}
+
+
+async def test_a_request_waits_until_the_journal_is_taken_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("BATOS_HOME", str(tmp_path))
+    kernel = Kernel(Settings())
+    early = asyncio.create_task(kernel._handle(Ping(command="ping")))
+    done, _ = await asyncio.wait([early], timeout=0.1)  # its organs are not there: it would fail
+    assert not done
+    early.cancel()
 
 
 # The script
