@@ -20,6 +20,7 @@ from evals.__main__ import main
 from evals.report import Case, Report
 from evals.torture import script
 from evals.torture.books import Book, Slot
+from evals.torture.house import House
 from evals.torture.image import Findings, interrupted
 from evals.torture.killer import plan
 from evals.torture.processes import KERNEL, Census, Process, strike
@@ -40,7 +41,7 @@ def test_nothing_is_lost_in_twenty_kills(tmp_path: Path) -> None:
     status = main(["torture", "--kills", "20", "--json", str(out)])
     told = json.loads(out.read_text())
     assert [(case["id"], case["reason"]) for case in told["cases"] if not case["passed"]] == []
-    assert (status, told["name"], told["n"]) == (0, "torture", 18)
+    assert (status, told["name"], told["n"]) == (0, "torture", 19)
     assert "kernel at its birth 2" in told["summary"]["killed"]
     assert "complete" in told["summary"]["missions"]
     assert "increment" in told["summary"]["answered"]
@@ -147,6 +148,15 @@ def test_what_is_no_process_is_never_killed(pid: int) -> None:
 
 
 # The verdict
+
+
+@linux
+def test_faults_of_the_kernel_are_read_from_what_it_prints(tmp_path: Path) -> None:
+    house = House(tmp_path, {})
+    (tmp_path / "run").mkdir()
+    trace = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    f()\nKeyError: 7\n'
+    (tmp_path / "run" / "kernel.log").write_text(f"[UVM] live\n{trace}[UVM] live\n", encoding="utf-8")
+    assert house.faults() == ["KeyError: 7"]
 
 
 async def _keep(home: Path, *units: Any) -> None:

@@ -167,6 +167,7 @@ def _told_of_run(house: House, killed: Killed, books: list[Book]) -> dict[str, l
         "hands die with their kernel": killed.orphans,
         "the kernel came back each time": killed.stuck,
         "no watchdog gave up": house.gave_up,
+        "the kernel told of no fault of its own": house.faults(),
     }
 
 

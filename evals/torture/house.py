@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import time
@@ -91,6 +92,10 @@ class House:
         """Everything that the kernels printed so far."""
         path = self.home / "run" / "kernel.log"
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def faults(self) -> list[str]:
+        """Returns what the kernels printed as faults of their own: the last line of each traceback."""
+        return re.findall(r"^Traceback .*\n(?:[ \t].*\n)*(\S.*)$", self.log, re.MULTILINE)
 
     def client(self) -> Kernel:
         """Returns a client of this home's kernel, not yet connected."""

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, overload
 import zodburi
 from persistent.mapping import PersistentMapping
 from transaction import TransactionManager
+from transaction.interfaces import NoTransaction
 from zc.lockfile import LockError
 from ZODB.FileStorage import FileStorage
 from ZODB.POSException import ConflictError, POSError, POSKeyError, UndoError
@@ -292,7 +293,8 @@ class LivingImage:
                     else:
                         await self._commit(manager, txn)
             except BaseException:
-                manager.abort()
+                with suppress(NoTransaction):  # committed already, and then cancelled
+                    manager.abort()
                 raise
         finally:
             connection.close()
