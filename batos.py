@@ -87,6 +87,7 @@ class Kernel:
         _versions()
         self._stop = asyncio.Event()
         self.exit_status = 0
+        self._taken_up = asyncio.Event()  # the journal, as the kernel before left it
         self._message_lane = Lane("messages", settings.HAND_COUNT, settings.QUEUE_LIMIT)
         self._mission_lane = Lane("missions", settings.WORKER_COUNT, settings.QUEUE_LIMIT)
 
@@ -163,6 +164,7 @@ class Kernel:
         endpoints = (settings.ZMQ_ENDPOINT, settings.ZMQ_EVENTS_ENDPOINT)
         if beyond := ", ".join(filter(reaches_beyond, endpoints)):
             say(f"Listening beyond this machine at {beyond}; whoever holds an admitted key may do everything")
+        self._taken_up.set()
         say(f"Listening at {settings.ZMQ_ENDPOINT}, events at {settings.ZMQ_EVENTS_ENDPOINT}")
         if resumed:
             say(f"Missions taken up from the journal: {resumed}")
@@ -294,6 +296,7 @@ class Kernel:
     async def _handle(self, command: m.Command) -> Any:
         if self._stop.is_set():
             raise ShuttingDown("the kernel is shutting down")
+        await self._taken_up.wait()  # a mission that begins before would be taken up too, and run twice
         return await self._commands.handle(command)
 
     async def _ping(self, _: m.Ping) -> Any:

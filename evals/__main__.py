@@ -18,6 +18,7 @@ EVALUATIONS = {
     "damages": "damaged images that come back with all that was whole, or are refused untouched",
     "fuzz": "hostile bytes that are answered or refused, and leave the kernel as it was",
     "missions": "missions that become a method which does what was meant",
+    "torture": "kills at random moments, after which nothing that was acknowledged is lost",
     "utterances": "sentences that become the right command",
 }
 
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     report.show()
     if args.json:
         report.write(args.json)
-    return 0
+    return 1 if report.must_pass and report.passed < len(report.cases) else 0
 
 
 if __name__ == "__main__":

@@ -30,11 +30,16 @@ class Case:
 
 @dataclass
 class Report:
-    """An evaluation's cases, and figures about all of them by their names."""
+    """An evaluation's cases, and figures about all of them by their names.
+
+    Attributes:
+        must_pass: whether one case that does not pass is a fault, and no figure.
+    """
 
     name: str
     cases: list[Case] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    must_pass: bool = False
 
     @property
     def passed(self) -> int:

@@ -104,6 +104,11 @@ def zombies(parent: int) -> set[int]:
     return {pid for pid in pids if (found := _stat(pid)) and found == ("Z", parent)}
 
 
+def state_of(pid: int) -> str:
+    """Returns the letter of a process's state, such as R while it runs; empty where there is none."""
+    return (_stat(pid) or ("", 0))[0]
+
+
 def _stat(pid: int) -> tuple[str, int] | None:
     """Returns state letter and parent of a process, or None where there is none."""
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.garden import Garden, children, gone, until, zombies
+from tests.garden import Garden, children, gone, state_of, until, zombies
 from uvm.codec import encode
 from uvm.errors import (
     DoesNotUnderstand,
@@ -430,6 +430,34 @@ async def test_a_zygote_that_dies_unseen_is_replaced(pool: HandPool, garden: Gar
         assert time.monotonic() < deadline
     assert (await garden.do(FINE)).result == "fine"
     assert pool.zygote_pid != zygote
+
+
+async def test_a_zygote_that_is_killed_during_the_start_is_replaced() -> None:
+    pool = HandPool(count=1, timeout_s=30.0, memory_mib=128)
+    start = asyncio.create_task(pool.start())
+    await until(lambda: pool.zygote_pid is not None, "there is a zygote")
+    zygote = zygote_of(pool)
+    os.kill(zygote, signal.SIGKILL)
+    await start
+    assert pool.zygote_pid != zygote
+    assert (await Garden(pool).do(FINE)).result == "fine"
+    await pool.close()
+
+
+async def test_an_audit_whose_hand_is_killed_is_done_again(pool: HandPool) -> None:
+    source = "def long(self):\n" + "    x = [1, 2, (3, 4)]\n" * 2800 + "    return x\n"
+    spares = children(zygote_of(pool))
+    audit = asyncio.create_task(pool.audit(source, "long", []))
+    running: set[int] = set()
+    while not running and not audit.done():
+        running = {pid for pid in spares if state_of(pid) == "R"}
+        await asyncio.sleep(0)
+    assert running
+    for pid in running:
+        assert pid > 1
+        os.kill(pid, signal.SIGKILL)
+    assert not (await audit).findings
+    assert all(map(gone, running))
 
 
 async def test_spares_that_die_are_given_no_call(pool: HandPool, garden: Garden) -> None:

@@ -251,7 +251,7 @@ async def test_closing_ends_what_runs_and_what_waits() -> None:
 # Scripts
 
 
-def recite(backend: Scripted, *questions: str) -> list[str]:
+def recite(backend: Scripted, *questions: str, cancelled: bool = False) -> list[str]:
     def answer(question: str) -> Completion:
         return backend.generate(
             say(question),
@@ -260,7 +260,7 @@ def recite(backend: Scripted, *questions: str) -> list[str]:
             temperature=0,
             seed=0,
             on_token=lambda _: None,
-            cancelled=lambda: False,
+            cancelled=lambda: cancelled,
         )
 
     return [answer(question).text for question in questions]
@@ -300,6 +300,20 @@ def test_a_script_comes_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "script.json"
     path.write_text(json.dumps([{"pattern": "hi", "reply": "hello"}, {"stall": True}]), "utf-8")
     assert recite(Scripted.from_file(path), "hi") == ["hello"]
+
+
+def test_a_reply_of_a_file_may_be_a_template(tmp_path: Path) -> None:
+    path = tmp_path / "script.json"
+    line = {"pattern": r"add (\d+)", "reply": r"x + \1", "expand": True}
+    path.write_text(json.dumps([line, {"reply": r"x + \1"}]), "utf-8")
+    assert recite(Scripted.from_file(path), "add 7", "add 12", "else") == ["x + 7", "x + 12", r"x + \1"]
+
+
+def test_a_reply_of_a_file_that_takes_its_time_can_be_cancelled(tmp_path: Path) -> None:
+    path = tmp_path / "script.json"
+    path.write_text(json.dumps([{"reply": "at last", "seconds": 600}]), "utf-8")
+    with pytest.raises(GenerationCancelled):
+        recite(Scripted.from_file(path), "hello", cancelled=True)
 
 
 @pytest.mark.parametrize("text", ["", "7", '["x"]', '[{"pattern": "a"}]', '[{"pattern": 1, "reply": "x"}]'])

@@ -110,9 +110,10 @@ class PrototypalStateMachine:
             while cycle.state not in FINAL:
                 await self._move(cycle, await self._handlers[cycle.state](cycle))
         except asyncio.CancelledError as error:
-            with suppress(OSError, MemoryError):  # who cancelled must hear of that, whatever the disk says
-                await self._fail(cycle, error)
-            raise
+            if cycle.state is not State.COMPLETE:  # once committed, it comes too late
+                with suppress(OSError, MemoryError):  # who cancelled must hear of that all the same
+                    await self._fail(cycle, error)
+                raise
         except Exception as error:
             if cycle.state is not State.COMPLETE:  # once committed, a full disk under the log changes nothing
                 if (pressed := exhausted(error)) is not None:

@@ -40,6 +40,7 @@ from uvm.hands.stock import Stock
 from uvm.hands.zygote import Hand, HandGone, Zygote
 from uvm.pressure import out_of_memory
 
+_EXAMINATIONS = 3  # of the sandbox at the start, before it counts as impossible
 _READY_S = 30.0  # a worker that takes longer to lock itself down is given up
 
 # A frame's kind and payload -> the reply, at once or later; None for a last frame.
@@ -100,7 +101,7 @@ class HandPool:
             raise HomeError("hands are forked processes, and this platform has no os.fork")
         self._stock.limits = replace(self._stock.limits, filter=compile_filter() or b"")
         try:
-            self.layers = await self._examine(self._stock.start())
+            self.layers = await self._examine_patiently()
         except MethodError as error:
             await self.close()
             raise HomeError(f"no hand can be made here: {error}") from error
@@ -192,8 +193,14 @@ class HandPool:
             "selector": selector,
             "parameters": None if parameters is None else list(parameters),
         }
+        audit = pack("audit", job)
         async with self._turn():
-            kind, payload, _ = await self._serve("the audit", pack("audit", job), _no_answer, self._timeout_s)
+            try:
+                kind, payload, _ = await self._serve("the audit", audit, _no_answer, self._timeout_s)
+            except (
+                HandDied
+            ):  # reading changes nothing, so a mission need not fail because its hand was killed
+                kind, payload, _ = await self._serve("the audit", audit, _no_answer, self._timeout_s)
         with _honest("the audit"):
             self._expect("audited", kind, "the audit")
             return audited(payload)
@@ -201,6 +208,16 @@ class HandPool:
     async def close(self) -> None:
         """Ends every process; calls that are running end as ShuttingDown."""
         await self._stock.close()
+
+    async def _examine_patiently(self) -> dict[str, bool]:
+        """Examines again where the zygote or the worker was killed: that says nothing about walls."""
+        zygote = self._stock.start()
+        for _ in range(_EXAMINATIONS - 1):
+            with suppress(HandDied):
+                return await self._examine(zygote)
+            zygote.look()
+            zygote = self._stock.living()
+        return await self._examine(zygote)
 
     async def _examine(self, zygote: Zygote) -> dict[str, bool]:
         """Returns which layers hold in a worker made to try them out."""

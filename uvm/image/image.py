@@ -12,12 +12,13 @@ import datetime as dt
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from persistent.mapping import PersistentMapping
 from transaction import TransactionManager
+from transaction.interfaces import NoTransaction
 from ZODB.POSException import POSKeyError
 
 from uvm.codec import is_oid
@@ -298,7 +299,8 @@ class LivingImage:
             except BaseException as error:
                 if gave_up(self._db.storage):
                     raise self._ended() from error
-                manager.abort()
+                with suppress(NoTransaction):  # committed already, and then cancelled
+                    manager.abort()
                 raise
         finally:
             connection.close()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final, NoReturn
+from typing import ClassVar, Final
 
 from uvm.errors import GenerationCancelled, ModelUnavailable
 from uvm.mind.backends import Completion, Finish, Message, Schema
@@ -33,14 +34,28 @@ Reply = str | Stall | Callable[[Sequence[Message]], str]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A reply, and the regular expression that the last message must contain; None fits every message."""
+    """A reply, and the regular expression that the last message must contain; None fits every message.
+
+    Attributes:
+        expand: whether the reply is a template, in which `\\1` stands for the pattern's first group.
+        seconds: how long the engine is silent first.
+    """
 
     pattern: str | None
     reply: Reply
+    expand: bool = False
+    seconds: float = 0.0
 
     def fits(self, text: str) -> bool:
         """Returns whether this line may answer `text`."""
         return self.pattern is None or re.search(self.pattern, text) is not None
+
+    def answer(self, messages: Sequence[Message]) -> str:
+        """Returns the reply to a conversation that this line fits; not of a line that stalls."""
+        assert not isinstance(self.reply, Stall)
+        text = self.reply if isinstance(self.reply, str) else self.reply(messages)
+        found = re.search(self.pattern, messages[-1].content) if self.expand and self.pattern else None
+        return text if found is None else found.expand(text)
 
 
 class Scripted:
@@ -79,7 +94,8 @@ class Scripted:
         """Returns a backend with the script of a JSON file.
 
         Args:
-            path: a list of `{"pattern": text or null, "reply": text}`; `{"stall": true}` stands for `STALL`.
+            path: a list of `{"pattern": text or null, "reply": text, "expand"?: bool, "seconds"?: number}`;
+                `{"stall": true}` stands for `STALL`.
 
         Raises:
             ValueError: the file is not such a list; the text names it.
@@ -87,7 +103,13 @@ class Scripted:
         try:
             rows = json.loads(path.read_text("utf-8"))
             return cls(
-                Line(row.get("pattern"), STALL if row.get("stall") else row.get("reply")) for row in rows
+                Line(
+                    row.get("pattern"),
+                    STALL if row.get("stall") else row.get("reply"),
+                    bool(row.get("expand")),
+                    float(row.get("seconds", 0.0)),
+                )
+                for row in rows
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no script: {error}") from None
@@ -111,10 +133,9 @@ class Scripted:
     ) -> Completion:
         self.prompts.append(tuple(messages))
         index = self._choose(messages[-1].content)
-        reply = self._lines[index].reply
-        if isinstance(reply, Stall):
-            _stall(cancelled)
-        text = reply if isinstance(reply, str) else reply(messages)
+        line = self._lines[index]
+        _be_silent(math.inf if isinstance(line.reply, Stall) else line.seconds, cancelled)
+        text = line.answer(messages)
         if not text.strip():
             raise ValueError(f"line {index}: the reply is empty")
         words = _words(text)
@@ -148,10 +169,12 @@ def _check(index: int, line: Line) -> None:
         raise ValueError(f"line {index}: the reply is empty")
 
 
-def _stall(cancelled: Callable[[], bool]) -> NoReturn:
-    while not cancelled():
+def _be_silent(seconds: float, cancelled: Callable[[], bool]) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if cancelled():
+            raise GenerationCancelled("the generation was cancelled")
         time.sleep(_POLL_S)
-    raise GenerationCancelled("the generation was cancelled")
 
 
 def _words(text: str) -> list[str]:
