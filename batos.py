@@ -161,10 +161,10 @@ class Kernel:
         self._log.listen(self._bridge.publish)
         await self._log.record("kernel", change="live", pid=os.getpid())
         resumed = 0 if settings.SAFE_MODE else await self._missions.resume()
+        self._taken_up.set()
         endpoints = (settings.ZMQ_ENDPOINT, settings.ZMQ_EVENTS_ENDPOINT)
         if beyond := ", ".join(filter(reaches_beyond, endpoints)):
             say(f"Listening beyond this machine at {beyond}; whoever holds an admitted key may do everything")
-        self._taken_up.set()
         say(f"Listening at {settings.ZMQ_ENDPOINT}, events at {settings.ZMQ_EVENTS_ENDPOINT}")
         if resumed:
             say(f"Missions taken up from the journal: {resumed}")
