@@ -44,6 +44,7 @@ ROTATED, KEPT = ("kernel.log", "watchdog.log", "watchdog.jsonl"), 3
 LOCK_TRIES = 10  # `--pid` holds the lock for a moment
 STOP_SIGNALS = {"SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"}  # as far as this system has them
 LEAVING = b"q"  # in place of a heartbeat: the kernel was told to shut down
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows ends a process by either
 EXIT_SHUT_DOWN = 0
 EXIT_CANNOT_START = 2  # wrong settings, a missing model, a locked image: trying again changes nothing
 
@@ -147,7 +148,7 @@ class Watchdog:
             free = lock(self.owner)
         if not (free or self.stop_asked) and pid.isdigit() and int(pid) > 1:
             with suppress(OSError):  # it has just ended
-                os.kill(int(pid), signal.SIGKILL)  # it is that process: nobody else has inherited the lock
+                os.kill(int(pid), KILL)  # it is that process: nobody else has inherited the lock
             free = lock(self.owner, 10 * LOCK_TRIES)
         if free or self.stop_asked:
             self.move(State.STOPPED, "it has ended" if free else "asked to stop")

@@ -395,7 +395,7 @@ def test_a_kernel_that_ignores_the_signal_is_killed(service: Service) -> None:
 @pytest.mark.slow
 def test_a_stop_during_a_pause_ends_it(service: Service) -> None:
     process = service.start("raise SystemExit('out of luck')", backoff="600")
-    wait_until(lambda: "out of luck" in service.log())
+    wait_until(lambda: service.state() == "BACKOFF")
     process.terminate()
     status, output = finish(process)
     assert status == 0
@@ -516,7 +516,7 @@ def test_a_kernel_whose_heart_stops_is_killed_and_comes_back(service: Service) -
         wedged()
     keep_on()
     """
-    process = service.start(kernel, hang_timeout="1")
+    process = service.start(kernel, hang_timeout="3")
     wait_until(lambda: service.log().count("live") == 2)
     first, second = (int(pid) for pid in re.findall(r"live pid (\d+)", service.log()))
     assert not is_alive(first)
@@ -526,13 +526,13 @@ def test_a_kernel_whose_heart_stops_is_killed_and_comes_back(service: Service) -
     process.terminate()
     status, output = finish(process)
     assert status == 0
-    assert re.search(r"(STARTING|RUNNING) -> BACKOFF: the kernel hung \(no heartbeat for 1 s\)", output)
+    assert re.search(r"(STARTING|RUNNING) -> BACKOFF: the kernel hung \(no heartbeat for \d s\)", output)
     assert output.count("Starting batos.py...") == 2
 
 
 @pytest.mark.slow
 def test_a_stopped_process_is_hung_too(service: Service) -> None:
-    process = service.start(f"{BEATS}\n    keep_on()", hang_timeout="1")
+    process = service.start(f"{BEATS}\n    keep_on()", hang_timeout="3")
     wait_until(lambda: service.state() == "RUNNING")
     first = pid_in(service.log())
     os.kill(first, signal.SIGSTOP)
@@ -549,24 +549,24 @@ def test_a_start_may_be_silent_as_long_as_its_own_limit_says(service: Service) -
     """Lines are signs of life before the first heartbeat; silence after them is none."""
     kernel = """
         import time
-        for number in range(12):
+        for number in range(20):
             print("recovering", number, flush=True)
             time.sleep(0.2)
         print("falls silent", flush=True)
         time.sleep(600)
     """
-    process = service.start(kernel, start_timeout="1.5", hang_timeout="0.1", startsecs="60")
+    process = service.start(kernel, start_timeout="3", hang_timeout="0.1", startsecs="60")
     wait_until(lambda: service.log().count("recovering 0") == 2)
     assert service.log().count("falls silent") == 1
     process.kill()
     _, output = finish(process)
-    assert "no sign of life since its start for 2 s" in output or "since its start for 1 s" in output
+    assert re.search(r"no sign of life since its start for \d s", output)
     os.kill(int((service.home / "run" / "kernel.pid").read_text()), signal.SIGKILL)
 
 
 @pytest.mark.slow
 def test_a_machine_that_stood_still_is_no_hang(service: Service) -> None:
-    process = service.start(f"{BEATS}\n    keep_on()", hang_timeout="3")
+    process = service.start(f"{BEATS}\n    keep_on()", hang_timeout="4")
     wait_until(lambda: service.state() == "RUNNING")
     pid = pid_in(service.log())
     for each in (process.pid, pid):
@@ -648,7 +648,7 @@ SLOW_TO_STOP = f"""{BEATS}
         try:
             alone = alone or not lifeline.recv(1)
         except BlockingIOError:
-            beat()
+            pass
         if alone:
             print("alone", flush=True)
         time.sleep(0.05)
