@@ -82,9 +82,14 @@ def _storage(location: str, blob_dir: Path, tell: Tell) -> tuple[Any, dict[str, 
         ) from None
     except KeyError as error:
         raise ImageDamaged(f"DB_FILE: {error.args[0]}", path=location) from None
-    except (POSError, ValueError, OSError, EOFError) as error:
+    except (OSError, MemoryError) as error:
         if (pressed := exhausted(error)) is not None:
             raise pressed from error
+        raise ImageDamaged(
+            f"{location} can't be opened ({error}); see to its folder and its disk, then start again",
+            path=location,
+        ) from error
+    except (POSError, ValueError, EOFError) as error:
         raise ImageDamaged(
             f"{location} can't be opened ({type(error).__name__}: {error}); "
             "restore the newest verified backup: ./puter.sh restore",
