@@ -128,6 +128,8 @@ class Kernel:
         say(f"Listening at {settings.ZMQ_ENDPOINT}, events at {settings.ZMQ_EVENTS_ENDPOINT}")
         if resumed:
             say(f"Missions taken up from the journal: {resumed}")
+        if self._missions.quarantined:
+            say(f"Missions put into quarantine: {self._missions.quarantined}; see /missions quarantined")
         say("System is live. Awaiting Architect's command...")
 
     def _tell_of_hands(self) -> None:

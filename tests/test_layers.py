@@ -15,7 +15,7 @@ LAYERS = [
     {"uvm.parser", "uvm.prompts", "uvm.messenger"},
     {"uvm.trials"},
     {"uvm.cycle"},
-    {"uvm.psm"},
+    {"uvm.psm", "uvm.outcomes"},
     {"uvm.missions", "uvm.objects", "uvm.awakening"},
     {"uvm.granting"},
     {"uvm.commands"},

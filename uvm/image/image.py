@@ -11,7 +11,16 @@ import asyncio
 import base64
 import datetime as dt
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -19,6 +28,7 @@ from typing import Any, TypeVar, overload
 import zodburi
 from persistent.mapping import PersistentMapping
 from transaction import TransactionManager
+from transaction.interfaces import NoTransaction
 from zc.lockfile import LockError
 from ZODB.FileStorage import FileStorage
 from ZODB.POSException import ConflictError, POSError, POSKeyError, UndoError
@@ -53,12 +63,33 @@ async def blocking(work: Callable[[], T]) -> T:
     A commit must not go on behind the back of whoever closes its connection.
     """
     task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        with suppress(Exception):
-            await task
-        raise
+    cancelled = await _ended(task)
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()  # seen: the cancellation is what the caller hears of
+        raise cancelled
+    return task.result()
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work` to its end and returns its result; a cancellation that comes meanwhile comes too late.
+
+    For commits whose outcome the caller must know: it must not take what is committed for interrupted.
+    """
+    task = asyncio.create_task(work)
+    await _ended(task)
+    return task.result()
+
+
+async def _ended(task: asyncio.Task[Any]) -> asyncio.CancelledError | None:
+    """Waits until `task` is done, however often the caller is cancelled; returns the last cancellation."""
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return cancelled
 
 
 @contextmanager
@@ -172,6 +203,10 @@ class Txn:
     def forget_cached(self) -> None:
         """Drops the in-memory state of unchanged objects: the next access reads the stored form."""
         self._connection.cacheMinimize()
+
+    def trim_cache(self) -> None:
+        """Lets go of what was loaded beyond the size of the cache: for walks over many objects."""
+        self._connection.cacheGC()
 
     def savepoint(self) -> Any:
         """Returns a savepoint: `rollback()` undoes what comes after it; nothing reaches the disk."""
@@ -292,7 +327,8 @@ class LivingImage:
                     else:
                         await self._commit(manager, txn)
             except BaseException:
-                manager.abort()
+                with suppress(NoTransaction):  # committed already, and then cancelled
+                    manager.abort()
                 raise
         finally:
             connection.close()
