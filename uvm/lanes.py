@@ -41,9 +41,9 @@ class Lane:
         Raises:
             QueueFull: so many requests wait already.
         """
-        waiting = self.waiting + coming
-        if waiting + 1 > self.limit * share and self.running + waiting >= self._places:
-            raise QueueFull(f"{waiting} {self.name} wait already; try again later", lane=self.name)
+        ahead = self.running + self.waiting + coming - self._places
+        if ahead >= 0 and ahead + 1 > self.limit * share:
+            raise QueueFull(f"{ahead} {self.name} wait already; try again later", lane=self.name)
 
     @asynccontextmanager
     async def place(self, rank: int = 0) -> AsyncIterator[None]:

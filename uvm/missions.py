@@ -32,7 +32,6 @@ from uvm.psm import PrototypalStateMachine
 
 PRIORITIES = {"architect": 0, MISS: 0, "autotelic": 10}  # by origin; the lowest is run first
 IDLE_SHARE = 0.5  # the part of the queue that missions of a later priority may fill
-SUSPECTS_RANK = 100  # added to the priority of missions during which a kernel died
 BREATH = 200  # rows of the journal that are read in one go
 CLOSING_S = 8.0  # how long closing waits for the last commits of what it interrupts
 RETRY_S = 30.0  # until a mission whose row could not be written is tried again
@@ -104,7 +103,8 @@ class Missions:
         self._begun: set[str] = set()  # whose rows say that they run
         self._coming: set[str] = set()  # not yet in the lane
         self._acknowledging = 0
-        self._suspects = asyncio.Lock()  # run one at a time, so that the innocent is cleared
+        self._suspects = asyncio.Lock()  # run one at a time, so that the innocent is cleared,
+        self._innocent: set[asyncio.Task[Result]] = set()  # and when these have ended
         self._closing = False
         self.quarantined = 0
 
@@ -216,6 +216,8 @@ class Missions:
         taken, self.quarantined = await self._image.attempt("missions taken up", take_up)
         for plan, key in taken:
             self._pursue(plan)
+            if not (plan.suspect or self._closing):
+                self._innocent.add(self._under_way[plan.mission_id].outcome)
             if key is not None and key not in self._learning:  # who misses it again waits for it
                 self._share(key, self._awaited(plan.mission_id))
         return len(taken)
@@ -279,8 +281,10 @@ class Missions:
     async def _work(self, plan: _Plan) -> Result:
         alone = self._suspects if plan.suspect else contextlib.nullcontext()
         async with alone:
+            if plan.suspect and self._innocent:
+                await asyncio.wait(self._innocent)
             self._coming.discard(plan.mission_id)
-            async with self._lane.place(plan.priority + SUSPECTS_RANK * plan.suspect):
+            async with self._lane.place(plan.priority):
                 self._begun.add(plan.mission_id)
                 row = await self._image.attempt(
                     f"mission {plan.mission_id} started",
