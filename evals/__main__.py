@@ -15,6 +15,7 @@ from uvm.errors import BatosError
 
 EVALUATIONS = {
     "attacks": "attacks on the machine, from inside a hand, that come to nothing",
+    "commits": "deaths in the middle of a mission's last commit, which is there in whole or not at all",
     "fuzz": "hostile bytes that are answered or refused, and leave the kernel as it was",
     "missions": "missions that become a method which does what was meant",
     "utterances": "sentences that become the right command",
