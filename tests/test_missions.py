@@ -126,6 +126,7 @@ async def house(tmp_path: Path) -> AsyncIterator[Household]:
     hands = HandPool(count=1, timeout_s=5, memory_mib=128)
     await hands.start()
     lab = Laboratory(image, hands, tmp_path)
+    await lab.log.record("ready")  # its file is open: a cancel while it is being opened would leak it
     household = Household(lab)
     yield household
     household.gate.opened.set()
@@ -165,6 +166,9 @@ class TestCommits:
         assert [record["state"] for record in await asyncio.gather(*cancels)] == ["complete"] * 3
         assert (await outcome)["state"] == "COMPLETE"
         assert await house.versions() == 1
+        reached_states = [fields["state"] for event, fields in house.lab.events if event == "transition"]
+        assert reached_states[-1] == "COMPLETE"
+        assert "FAILED" not in reached_states
 
     async def test_a_stop_during_the_last_commit_leaves_it_complete(self, house: Household) -> None:
         house.gate.hold("unhandled_message")
