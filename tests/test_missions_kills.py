@@ -143,3 +143,21 @@ async def test_deadlines_over_the_wire_and_over_a_restart(start_kernel: Start, t
     async with process.client() as kernel:
         row = await reaches(kernel, begun["mission_id"], "failed")
         assert row["error"]["type"] == "MissionExpired"
+
+
+async def test_a_kill_while_missions_are_taken_up(start_kernel: Start, tmp_path: Path) -> None:
+    process = start_kernel(scripted(tmp_path, [STALLS], WORKER_COUNT="1"))
+    async with process.client() as kernel:
+        begun = [await kernel.teach("genesis_obj", f"slow_{n}", ["x"], wait=False) for n in range(3)]
+    await running(process, begun[0]["mission_id"])
+    process.kill()
+    starting = asyncio.create_task(asyncio.to_thread(process.start))
+    await until(lambda: any(c["note"] == "missions taken up" for c in thoughts(process, "commit")))
+    process.kill()
+    await asyncio.gather(starting, return_exceptions=True)  # it was live, or not yet
+    scripted(tmp_path, slow("slow_0", "slow_1", "slow_2"))
+    process.start()
+    async with process.client() as kernel:
+        records = [await reaches(kernel, row["mission_id"], "complete") for row in begun]
+        assert records[0]["deaths"] == 1  # that of the kernel before, counted once
+        assert [await versions(kernel, f"slow_{n}") for n in range(3)] == [1, 1, 1]
