@@ -174,6 +174,8 @@ class Kernel:
                 f"{await self._open_missions()}. To leave it: ./puter.sh stop, then ./puter.sh "
                 "(without BATOS_SAFE_MODE)"
             )
+        if self._missions.quarantined:
+            say(f"Missions put into quarantine: {self._missions.quarantined}; see /missions quarantined")
         say("System is live. Awaiting Architect's command...")
 
     def _start_heartbeat(self, closing: list[Callable[[], Any]]) -> None:

@@ -16,6 +16,7 @@ from uvm.errors import BatosError
 EVALUATIONS = {
     "attacks": "attacks on the machine, from inside a hand, that come to nothing",
     "damages": "damaged images that come back with all that was whole, or are refused untouched",
+    "commits": "deaths in the middle of a mission's last commit, which is there in whole or not at all",
     "fuzz": "hostile bytes that are answered or refused, and leave the kernel as it was",
     "missions": "missions that become a method which does what was meant",
     "torture": "kills at random moments, after which nothing that was acknowledged is lost",

@@ -26,6 +26,8 @@ Say in your own words what you want, in any language:
   What can shop_obj do?                       objects, methods and their source are shown
 Or exactly, without a model: shop_obj.add_item("apples", 4)"""
 
+_MOMENTS = ("created", "deadline", "finished")  # what a mission's record has in Unix seconds
+
 
 class Display:
     """Prints to standard output, errors to standard error.
@@ -50,7 +52,8 @@ class Display:
             "grants": self._grants,
             "revoke": self._done,
             "missions": self._missions,
-            "mission": self._map,
+            "mission": self._mission,
+            "cancel_mission": self._mission,
             "set_slot": self._done,
             "delete_slot": self._done,
             "shutdown": self._map,
@@ -116,7 +119,7 @@ class Display:
     def _versions(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             when = row.get("created")
-            told = [_time(when) if when else "", row.get("user") or "", _one_line(row.get("reason") or "")]
+            told = [_moment(when) if when else "", row.get("user") or "", _one_line(row.get("reason") or "")]
             first = Text(f"version {row['version']}", style="bold")
             self.out.print(first.append("".join(f"  {printable(one)}" for one in told if one), style="dim"))
             marks = [row.get("model") or "", row["sha256"][:12], row.get("transaction_id") or ""]
@@ -152,10 +155,16 @@ class Display:
             self.note("no missions yet")
         shown = []
         for row in rows:
-            shown.append(
-                (row["mission_id"], _time(row["created"]), f"{row['state']:<9}", row["brief"]["selector"])
-            )
+            made, selector = _moment(row["created"]), row["brief"]["selector"]
+            shown.append((row["mission_id"], made, f"{row['state']:<11}", selector))
         self._rows(shown)
+
+    def _mission(self, result: dict[str, Any]) -> None:
+        times = {name: _moment(result[name]) for name in _MOMENTS if result.get(name) is not None}
+        told = {**result, **times}
+        if "error" in told:
+            told["error"] = f"{told['error']['type']}: {told['error']['message']}"
+        self._map({name: value for name, value in told.items() if value is not None})
 
     def _map(self, result: dict[str, Any]) -> None:
         self._rows([(name, _flat(value)) for name, value in result.items()])
@@ -222,12 +231,12 @@ class CycleView:
             self._display.out.print()
 
 
-def _time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def _flat(value: Any) -> str:

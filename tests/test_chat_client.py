@@ -17,6 +17,7 @@ import pexpect
 import pytest
 
 from evals.kernels import PROJECT, KernelProcess, free_endpoints
+from terminal.display import Display
 from terminal.session import spell
 from terminal.values import as_json, as_text
 from tests.conftest import Start, scripted, writes
@@ -403,3 +404,29 @@ def test_no_color_means_no_color(joined: dict[str, str]) -> None:
     colours = re.findall(r"\x1b\[[0-9;]*m", terminal.before)
     assert not [code for code in colours if re.search(r"\b(3[0-7]|9[0-7]|38)\b", code)]
     terminal.close(force=True)
+
+
+def test_a_mission_is_shown_with_its_times_and_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    error = {
+        "type": "MissionFailed",
+        "message": "mission 1-a is in quarantine",
+        "details": {"cycles": ["1-a.1"]},
+    }
+    record = {
+        "mission_id": "1-a",
+        "state": "quarantined",
+        "brief": {"selector": "square"},
+        "created": 86_400.0 * 365,
+        "deadline": None,
+        "finished": 86_400.0 * 366,
+        "error": error,
+    }
+    display = Display()
+    display.answer("missions", [record])
+    display.answer("mission", record)
+    listed, *told = capsys.readouterr().out.splitlines()
+    assert re.match(r"1-a  197[01]-\d\d-\d\d \d\d:", listed)
+    assert listed.endswith("quarantined  square")
+    assert any(re.fullmatch(r"error +MissionFailed: mission 1-a is in quarantine", line) for line in told)
+    assert not any(line.startswith("deadline") for line in told)
+    assert all(str(record["created"]) not in line for line in told)

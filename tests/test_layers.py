@@ -16,6 +16,8 @@ LAYERS = [
     {"uvm.trials"},
     {"uvm.cycle", "uvm.replays", "uvm.undoing"},
     {"uvm.psm"},
+    {"uvm.cycle"},
+    {"uvm.psm", "uvm.outcomes"},
     {"uvm.missions", "uvm.objects", "uvm.awakening"},
     {"uvm.granting", "uvm.versions"},
     {"uvm.commands"},

@@ -70,7 +70,7 @@ class TestFromSchema1:
                 assert list(tally.data()) == ["count", "names", "more", "partner"]
                 assert tally.partner is genesis
                 assert [grant.kind for grant in tally.grants().values()] == ["clock"]
-                rows = {row.brief["selector"]: row for row in journal.newest(txn, None, 99)}
+                rows = {row.brief["selector"]: row for row in journal.backwards(txn)}
                 assert rows["never"].state == journal.FAILED
                 assert (rows["slow_one"].state, rows["slow_one"].starts) == (journal.RUNNING, 1)
                 assert [row.brief["selector"] for row in journal.unfinished(txn)] == ["slow_one"]

@@ -1,6 +1,6 @@
 """The cognitive cycle on an image in memory, with real hands and personas that recite."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from uvm.memory.fractal import FractalMemory
 from uvm.messages import MissionBrief
 from uvm.messenger import Messenger
 from uvm.metacognition import MetacognitionLog
-from uvm.mind.backends.scripted import Scripted
+from uvm.mind.backends.scripted import Reply, Scripted
 from uvm.mind.mind import Mind
 from uvm.mind.personas import Persona
 from uvm.psm import PrototypalStateMachine
@@ -39,6 +39,34 @@ class Laboratory:
             folder / "log", (lambda event, fields: self.events.append((event, fields)),)
         )
 
+    def machine(
+        self,
+        script: Sequence[tuple[str | None, Reply]],
+        queries: str = '{"queries": ["numbers"]}',
+        attempts: int = 3,
+    ) -> PrototypalStateMachine:
+        """Returns a state machine whose writing persona recites `script`; its mind is `self.mind`."""
+        self.writer = Scripted(script)
+        self.brick = Scripted([(None, queries)])
+        personas = {
+            name: Persona(name, f"You are {name}.", "brick" if name == "BRICK" else "writer")
+            for name in ("ALFRED", "BRICK", "ROBIN", "BABS")
+        }
+        self.mind = Mind(personas, {"brick": self.brick, "writer": self.writer})
+        return PrototypalStateMachine(
+            image=self.image,
+            mind=self.mind,
+            memory=FractalMemory(Hashing()),
+            catalog=CATALOG,
+            hands=self.hands,
+            messenger=self.messenger,
+            log=self.log,
+            covenants="Rules.",
+            max_attempts=attempts,
+            max_tokens=300,
+            default_persona="ALFRED",
+        )
+
     async def cycle(
         self,
         brief: dict[str, Any],
@@ -51,26 +79,7 @@ class Laboratory:
         fenced = [
             text if "```" in text or "def " not in text else f"```python\n{text}\n```" for text in answers
         ]
-        self.writer = Scripted([(None, text) for text in fenced or ["nothing"]])
-        self.brick = Scripted([(None, queries)])
-        personas = {
-            name: Persona(name, f"You are {name}.", "brick" if name == "BRICK" else "writer")
-            for name in ("ALFRED", "BRICK", "ROBIN", "BABS")
-        }
-        mind = Mind(personas, {"brick": self.brick, "writer": self.writer})
-        psm = PrototypalStateMachine(
-            image=self.image,
-            mind=mind,
-            memory=FractalMemory(Hashing()),
-            catalog=CATALOG,
-            hands=self.hands,
-            messenger=self.messenger,
-            log=self.log,
-            covenants="Rules.",
-            max_attempts=attempts,
-            max_tokens=300,
-            default_persona="ALFRED",
-        )
+        psm = self.machine([(None, text) for text in fenced or ["nothing"]], queries, attempts)
 
         def add(txn: Txn) -> dict[str, Any]:
             checked = MissionBrief.model_validate(brief).model_dump(exclude_unset=True)
@@ -80,7 +89,7 @@ class Laboratory:
         try:
             return await psm.run(await self.image.attempt("mission", add))
         finally:
-            await mind.close()
+            await self.mind.close()
 
     def findings(self) -> list[str]:
         return [

@@ -141,24 +141,31 @@ class Kernel:
         *,
         type: str = "unhandled_message",
         wait: bool = True,
+        deadline_s: float | None = None,
     ) -> dict[str, Any]:
         """Runs a mission and returns its record.
 
         Args:
             examples: cases `{args, kwargs?, returns}` or `{args, kwargs?, raises}` that must hold.
             type: `unhandled_message`, or `revision` to replace an existing method.
-            wait: False returns as soon as the mission is in the journal.
+            wait: False returns as soon as the mission is in the journal; `request("mission", mission_id=…)`
+                tells later what came of it.
+            deadline_s: seconds after which the mission fails, wherever it is; None for no limit.
 
         Raises:
             MissionFailed: the cycle ended in FAILED.
+            MissionCancelled: somebody cancelled it.
+            MissionExpired: its deadline has passed.
+            ShuttingDown: the kernel stops; the next one goes on with the mission that the details name.
         """
         brief: dict[str, Any] = {"type": type, "selector": selector, "examples": list(examples)}
         if parameters is not None:
             brief["parameters"] = list(parameters)
         if description is not None:
             brief["description"] = description
+        limit = {} if deadline_s is None else {"deadline_s": deadline_s}
         result: dict[str, Any] = await self.request(
-            "initiate_cognitive_cycle", target_oid=target, mission_brief=brief, wait=wait
+            "initiate_cognitive_cycle", target_oid=target, mission_brief=brief, wait=wait, **limit
         )
         return result
 

@@ -149,7 +149,7 @@ class Commands:
         brief = command.mission_brief
         async with self._image.reading() as txn:
             target = txn.find(command.target_oid).oid
-        mission_id = await self._missions.begin(target, brief, USER)
+        mission_id = await self._missions.begin(target, brief, USER, command.deadline_s)
         if not command.wait:
             return {"mission_id": mission_id, "state": "queued"}
         outcome = await self._missions.outcome(mission_id)

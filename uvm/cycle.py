@@ -60,6 +60,19 @@ class Cycle:
             told["error"] = to_wire(self.failure)
         return told
 
+    def achieved(self) -> dict[str, Any]:
+        """Returns what the row of the completed mission says: its method, or its answer, besides."""
+        if self.brief.type == "task":
+            return {**self.outcome(), "result": self.reply.text if self.reply else ""}
+        method = self.method()
+        named = {
+            "selector": method.selector,
+            "parameters": list(method.parameters),
+            "doc": method.doc,
+            "sha256": method.sha256,
+        }
+        return {**self.outcome(), "method": named}
+
     def memory_text(self) -> str:
         """Returns what the memory keeps of the cycle: a study's answer, or the method and its purpose."""
         if self.brief.type == "task":

@@ -35,7 +35,8 @@
     │   └── SandboxTooWeak       it was not run at all: this system offers no sandbox
     ├── MissionError
     │   ├── MissionFailed        the cycle ended in FAILED; the details hold the findings
-    │   └── MissionCancelled
+    │   ├── MissionCancelled
+    │   └── MissionExpired       its deadline has passed
     ├── MindError
     │   ├── ModelUnavailable     missing, damaged, or refused by its engine
     │   ├── PromptTooLong        the prompt does not fit the model's context
@@ -210,6 +211,10 @@ class MissionFailed(MissionError):
 
 
 class MissionCancelled(MissionError):
+    pass
+
+
+class MissionExpired(MissionError):
     pass
 
 

@@ -87,7 +87,7 @@ class Granting:
             for number, oid in enumerate(txn.root["holders"]):
                 if number % _BREATH == 0:
                     await asyncio.sleep(0)
-                    txn.spare_memory()
+                    txn.trim_cache()
                 with suppress(ObjectNotFound):  # whose making was undone
                     found = txn.find(oid)
                     rows += [_told(found, slot, grant) for slot, grant in found.grants().items()]

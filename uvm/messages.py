@@ -38,6 +38,7 @@ MAX_NAME = 100  # characters of an object's name, a selector, a slot
 MAX_DESCRIPTION = 16_384  # characters of a brief's description
 MAX_TEXT = 1_000_000  # characters of a text to remember
 MAX_EXAMPLES = 100
+MAX_DEADLINE_S = 30 * 86_400  # seconds that a mission may be given
 MAX_PAGE = 1000  # rows of one answer
 
 
@@ -166,6 +167,7 @@ class InitiateCognitiveCycle(_Frozen):
     target_oid: Target
     mission_brief: MissionBrief
     wait: bool = True
+    deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
 
 
 class SendMessage(_Frozen):
@@ -275,7 +277,7 @@ class Grants(_Frozen):
 
 class Missions(_Frozen):
     command: Literal["missions"]
-    state: Literal["queued", "running", "complete", "failed", "cancelled"] | None = None
+    state: Literal["queued", "running", "complete", "failed", "cancelled", "quarantined"] | None = None
     limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 50
 
 

@@ -54,7 +54,7 @@ class Objects:
                 methods = {key: [*method.parameters] for key, method in found.methods().items()}
                 rows.append({"name": name, "oid": found.oid, "selectors": methods})
                 if len(rows) % _BREATH == 0:
-                    txn.spare_memory()
+                    txn.trim_cache()
         return rows
 
     async def create(self, name: str, parents: list[str] | None, slots: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from uvm.errors import BatosError, MissionFailed
 from uvm.guardian import Finding
 from uvm.hands.pool import HandPool
 from uvm.image import history, journal
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage, Txn, to_its_end
 from uvm.image.prototypes import UvmObject
 from uvm.memory.fractal import FractalMemory
 from uvm.messages import MissionBrief
@@ -100,6 +100,7 @@ class PrototypalStateMachine:
             MissionFailed: the cycle ended in FAILED; the row says why.
             ResourceExhausted: the cycle can't go on now; the row is open, for the cycle to be run again.
             asyncio.CancelledError: it was cancelled; the image holds nothing of it.
+            asyncio.CancelledError: it was cancelled before its last commit; the image holds nothing of it.
         """
         brief = MissionBrief.model_validate(row["brief"])
         cycle = Cycle(
@@ -242,22 +243,25 @@ class PrototypalStateMachine:
             self._memory.add(
                 txn.find(self._catalog), text, vectors[0], kind=kind, subject=subject, persona=cycle.persona
             )
-            journal.finish(txn, cycle.mission_id, journal.COMPLETE, cycle.outcome())
+            if not journal.finish(txn, cycle.mission_id, journal.COMPLETE, cycle.achieved()):
+                raise MissionFailed(f"mission {cycle.mission_id} is over already; nothing was installed")
             return txn
 
         note = f"{cycle.brief.type} {cycle.target} {cycle.brief.selector} (mission {cycle.mission_id})"
-        txn = await self._image.attempt(note, install, user=cycle.origin)
+        txn = await to_its_end(self._image.attempt(note, install, user=cycle.origin))
         cycle.transaction_id = txn.tid
 
     async def _psm_failed_process(self, cycle: Cycle) -> None:
         """Leaves nothing of the cycle in the image but its mission's row, which says why."""
         cancelled = isinstance(cycle.failure, asyncio.CancelledError)
-        reason = "cancelled" if cancelled else str(cycle.failure)
+        reason = str(cycle.failure) or ("cancelled" if cancelled else type(cycle.failure).__name__)
         await self._record(cycle, "abort", reason=reason)
         if not cancelled:  # who cancelled decides whether the mission is over or only interrupted
-            await self._image.attempt(
-                f"mission {cycle.mission_id} failed",
-                lambda txn: journal.finish(txn, cycle.mission_id, journal.FAILED, cycle.outcome()),
+            await to_its_end(
+                self._image.attempt(
+                    f"mission {cycle.mission_id} failed",
+                    lambda txn: journal.finish(txn, cycle.mission_id, journal.FAILED, cycle.outcome()),
+                )
             )
 
     # Their parts

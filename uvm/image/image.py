@@ -10,7 +10,16 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -54,16 +63,33 @@ async def blocking(work: Callable[[], T], thread: Executor | None = None) -> T:
         thread: where it runs; None is any of the loop's own.
     """
     done = asyncio.get_running_loop().run_in_executor(thread, work)
-    cancelled = None
-    while not done.done():
-        try:
-            await asyncio.wait((done,))
-        except asyncio.CancelledError as error:  # however often
-            cancelled = error
+    cancelled = await _ended(done)
     if cancelled is not None:
-        done.exception()  # nobody else will look
+        if not done.cancelled():
+            done.exception()  # seen: the cancellation is what the caller hears of
         raise cancelled
     return done.result()
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work` to its end and returns its result; a cancellation that comes meanwhile comes too late.
+
+    For commits whose outcome the caller must know: it must not take what is committed for interrupted.
+    """
+    task = asyncio.create_task(work)
+    await _ended(task)
+    return task.result()
+
+
+async def _ended(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Waits until `task` is done, however often the caller is cancelled; returns the last cancellation."""
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return cancelled
 
 
 class Txn:
@@ -183,8 +209,8 @@ class Txn:
         """Drops the in-memory state of unchanged objects: the next access reads the stored form."""
         self._connection.cacheMinimize()
 
-    def spare_memory(self) -> None:
-        """Lets go of unchanged objects beyond the size of the cache; for walks over many."""
+    def trim_cache(self) -> None:
+        """Lets go of what was loaded beyond the size of the cache: for walks over many objects."""
         self._connection.cacheGC()
 
     def savepoint(self) -> Any:
@@ -298,14 +324,14 @@ class LivingImage:
                         await self._commit(manager, txn)
             except BaseException as error:
                 if gave_up(self._db.storage):
-                    raise self._ended() from error
+                    raise self._closed_itself() from error
                 with suppress(NoTransaction):  # committed already, and then cancelled
                     manager.abort()
                 raise
         finally:
             connection.close()
 
-    def _ended(self) -> BatosError:
+    def _closed_itself(self) -> BatosError:
         """Returns what it means that the storage has closed itself, and has the kernel told of it."""
         if self._on_end is not None:
             self._on_end()
