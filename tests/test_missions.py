@@ -261,7 +261,7 @@ class TestCommits:
         house.gate.fail(" started", OSError(errno.ENOSPC, "No space left on device"))
         mission = await house.begin()
         await house.until_state(mission, "complete")
-        assert [type(fault) for fault in house.faults] == [OSError]
+        assert [type(fault) for fault in house.faults] == [errors.ResourceExhausted]
         assert await house.versions() == 1
 
 
