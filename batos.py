@@ -43,6 +43,7 @@ from uvm.mind.personas import load_personas
 from uvm.missions import Missions
 from uvm.objects import Objects
 from uvm.psm import PrototypalStateMachine
+from uvm.upkeep.keeper import Keeper
 
 CODEX = PROJECT / "codex"
 CODE = ("uvm", "terminal", "codex", "evals", "bench", "tests", "docs", ".git", ".venv")
@@ -121,6 +122,9 @@ class Kernel:
         closing.append(self._missions.close)
         self._log.listen(self._bridge.publish)
         await self._log.record("kernel", change="live", pid=os.getpid())
+        closing.append(self._upkeep.close)
+        if not settings.SAFE_MODE:
+            self._upkeep.start()
         resumed = await self._missions.resume()
         endpoints = (settings.ZMQ_ENDPOINT, settings.ZMQ_EVENTS_ENDPOINT)
         if beyond := ", ".join(filter(reaches_beyond, endpoints)):
@@ -192,7 +196,23 @@ class Kernel:
             log=self._log,
             lane=self._message_lane,
             max_miss_depth=settings.MAX_MISS_DEPTH,
-            control={"ping": self._ping, "status": self._status, "shutdown": self._shutdown},
+            control={
+                "ping": self._ping,
+                "status": self._status,
+                "shutdown": self._shutdown,
+                "upkeep": lambda c: self._upkeep.do(c.what, c.days),
+            },
+        )
+        self._upkeep = Keeper(
+            image=self._image,
+            blob_dir=settings.BLOB_DIR,
+            backup_dir=settings.BACKUP_DIR,
+            ledger=settings.HOME / "run" / "upkeep.json",
+            command=(sys.executable, str(PROJECT / "upkeep.py")),
+            intervals={"backup": settings.BACKUP_INTERVAL_S, "pack": settings.PACK_INTERVAL_S},
+            keep_days=settings.PACK_KEEP_DAYS,
+            record=self._log.record,
+            say=say,
         )
         self._bridge = Bridge(
             endpoint=settings.ZMQ_ENDPOINT,
@@ -237,6 +257,7 @@ class Kernel:
             "models": self._mind.resident(),
             "queue": {lane.name: lane.told() for lane in (self._message_lane, self._mission_lane)},
             "sandbox": {"tier": self._hands.tier, "layers": self._hands.layers},
+            "upkeep": await asyncio.to_thread(self._upkeep.told),
             "versions": _versions(),
         }
 
@@ -264,6 +285,7 @@ def _embedder(settings: Settings) -> Embedder:
 def _protected(settings: Settings) -> tuple[Path, ...]:
     """Returns what no grant may open: data, keys, models and code of BAT OS itself."""
     data = [settings.KEYS_DIR, settings.BLOB_DIR, settings.METACOGNITION_LOG_FILE, settings.MODELS_DIR]
+    data += [settings.BACKUP_DIR]
     image = _image_paths(settings.DB_FILE)
     code = [*(PROJECT / name for name in CODE), Path(sys.prefix)]
     return (*data, *image, settings.LORA_STAGING_DIR, settings.HOME / "run", *code)

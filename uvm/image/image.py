@@ -20,8 +20,12 @@ import zodburi
 from persistent.mapping import PersistentMapping
 from transaction import TransactionManager
 from zc.lockfile import LockError
+from ZODB.DB import getTID
 from ZODB.FileStorage import FileStorage
+from ZODB.FileStorage.format import CorruptedError
 from ZODB.POSException import ConflictError, POSError, POSKeyError, UndoError
+from ZODB.serialize import referencesf
+from ZODB.TimeStamp import TimeStamp
 
 from uvm.codec import is_oid
 from uvm.errors import (
@@ -33,8 +37,9 @@ from uvm.errors import (
     ObjectExists,
     ObjectNotFound,
     TransactionNotFound,
+    UpkeepError,
 )
-from uvm.image import allowed, values
+from uvm.image import allowed, packing, values
 from uvm.image.defused import defuse
 from uvm.image.loading import Database
 from uvm.image.prototypes import UvmObject
@@ -209,6 +214,7 @@ class LivingImage:
         self._on_commit = on_commit
         self._db: Any = None
         self._commit_lock = asyncio.Lock()
+        self._beginning: bytes | None = None  # of the history; None until somebody asks
 
     @classmethod
     def in_memory(cls) -> LivingImage:
@@ -225,6 +231,8 @@ class LivingImage:
         """
         defuse()
         storage, options = self._storage()
+        if isinstance(storage, FileStorage):
+            storage.packer = packing.packer
         options |= {"pool_size": POOL_SIZE, "historical_pool_size": POOL_SIZE}
         try:
             with _typed_errors("opening"):
@@ -240,6 +248,7 @@ class LivingImage:
                 factory, options = zodburi.resolve_uri(self.location)
                 return factory(), options
             Path(self.location).parent.mkdir(parents=True, exist_ok=True)
+            packing.mend(Path(self.location))
             return FileStorage(self.location, blob_dir=str(self._blob_dir)), {}
         except LockError:
             raise ImageLocked(
@@ -319,7 +328,7 @@ class LivingImage:
         """Gives a unit of work a view that it can't change, of now or of an earlier time or transaction.
 
         Raises:
-            InvalidField: `as_of` lies in the future.
+            InvalidField: `as_of` lies in the future, or before what a pack has left of the history.
         """
         with self.view(as_of) as txn:
             yield txn
@@ -330,6 +339,8 @@ class LivingImage:
         manager = TransactionManager(explicit=True)
         at = bytes.fromhex(as_of) if isinstance(as_of, str) else as_of
         try:
+            if at is not None:
+                self._check_history(getTID(at, None))
             connection = self._db.open(manager, at=at)
         except ValueError as error:
             raise InvalidField(f"as_of: {error}", field="as_of") from None
@@ -363,6 +374,49 @@ class LivingImage:
                     raise
         raise AssertionError("unreachable")
 
+    @property
+    def packable(self) -> bool:
+        """Whether it is a file, which can be packed."""
+        return isinstance(self._db.storage, FileStorage)
+
+    def pack(self, until: float) -> None:
+        """Forgets versions that were replaced before `until`, and what nobody refers to; blocks for long.
+
+        Other threads go on committing. The file before stays beside it as `.old`, and so do blobs.
+
+        Args:
+            until: Unix seconds.
+
+        Raises:
+            UpkeepError: the image is no file, or is damaged; it is as it was.
+            OSError: the disk is full or broken; the image is as it was.
+        """
+        if not self.packable:
+            raise UpkeepError(f"{self.location} is no image file; pack it with the tools of its server")
+        try:
+            self._db.storage.pack(until, referencesf)
+        except (POSError, CorruptedError, KeyError, ValueError) as error:
+            raise UpkeepError(
+                f"{self.location} can't be packed ({type(error).__name__}: {error!s:.300}); "
+                "see ./puter.sh verify",
+                path=self.location,
+            ) from error
+        finally:
+            self._beginning = None
+
+    def _history_begins(self) -> bytes:
+        if self._beginning is None:
+            self._beginning = packing.beginning(self._db.storage._file_name) if self.packable else b""
+        return self._beginning
+
+    def _told_beginning(self) -> str:
+        begins = TimeStamp(self._history_begins())
+        return f"the history was packed and begins at {begins} UTC (transaction {begins.raw().hex()})"
+
+    def _check_history(self, before: bytes) -> None:
+        if before <= self._history_begins():
+            raise InvalidField(f"as_of: {self._told_beginning()}", field="as_of")
+
     def last_transaction(self) -> str:
         """Returns the 16-digit hex id of the newest transaction."""
         return str(self._db.lastTransaction().hex())
@@ -378,6 +432,10 @@ class LivingImage:
             TransactionNotFound: the storage has no such transaction, or can't undo.
         """
         undo_id = self._undo_id(bytes.fromhex(tid))
+        if undo_id is None and bytes.fromhex(tid) <= self._history_begins():
+            raise TransactionNotFound(
+                f"transaction {tid} can't be undone: {self._told_beginning()}", transaction_id=tid
+            )
         if undo_id is None:
             raise TransactionNotFound(f"no transaction {tid} that could be undone", transaction_id=tid)
         self._db.undo(undo_id, unit)
