@@ -8,6 +8,8 @@ from typing import Any
 
 from uvm.upkeep import files
 
+_NOTHING: dict[str, Any] = {"last": None, "tried": 0.0, "failures": 0}
+
 
 class Ledger:
     """The file; it may be lost without harm."""
@@ -19,8 +21,10 @@ class Ledger:
         """Returns `{last, tried, failures, error?, …}` of a kind of upkeep; times in Unix seconds."""
         kept = (files.read_json(self._path) or {}).get(what)
         known = kept if isinstance(kept, dict) else {}
-        sound = all(isinstance(known.get(name, 0), (int, float)) for name in ("last", "tried", "failures"))
-        return {"last": None, "tried": 0.0, "failures": 0} | (known if sound else {})
+        entry = _NOTHING | known
+        numbers = (entry["last"] or 0.0, entry["tried"], entry["failures"])
+        sound = all(isinstance(number, (int, float)) for number in numbers)
+        return entry if sound else dict(_NOTHING)
 
     def done(self, what: str, result: dict[str, Any]) -> None:
         """Notes a success."""
