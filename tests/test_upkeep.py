@@ -18,6 +18,7 @@ from ZODB.TimeStamp import TimeStamp
 
 from evals.kernels import KernelProcess
 from tests.conftest import Start, scripted
+from tests.test_puter import Project
 from tests.upkeep import PROJECT, Home
 from uvm.errors import InvalidField, TransactionNotFound, UpkeepBusy, UpkeepError
 from uvm.image.image import LivingImage
@@ -179,7 +180,7 @@ class TestPack:
             oid = orphan.oid
             async with image.transaction("let go") as txn:
                 txn.edit(txn.find("holder"), {}, ["child"])
-            until = TimeStamp(bytes.fromhex(txn.tid)).timeTime() + 1e-6
+            until = float(TimeStamp(bytes.fromhex(txn.tid)).timeTime()) + 1e-6
             async with image.transaction("taken back") as txn:
                 txn.edit(txn.find("holder"), {"child": txn.find(oid)})
             return until
@@ -397,7 +398,11 @@ async def test_a_kernel_killed_while_it_packs(start_kernel: Start, tmp_path: Pat
                 await kernel.request("create_object", name=f"thing_{os.urandom(4).hex()}")
             count = len(await kernel.request("list_objects", limit=1000))
             asking = asyncio.create_task(kernel.request("upkeep", what="pack", days=0.0))
-            await until(lambda asking=asking: list(process.home.glob("live_image.fs.pack")) or asking.done())
+
+            def packing(request: asyncio.Task[Any] = asking) -> bool:
+                return request.done() or bool(list(process.home.glob("live_image.fs.pack")))
+
+            await until(packing)
             await asyncio.to_thread(process.kill)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
@@ -405,3 +410,14 @@ async def test_a_kernel_killed_while_it_packs(start_kernel: Start, tmp_path: Pat
         async with process.client() as kernel:
             assert len(await kernel.request("list_objects", limit=1000)) == count
     assert walk(process.home / "live_image.fs").problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["backup", "restore", "verify", "pack"])
+def test_the_launcher_passes_a_verb_and_its_options_on(tmp_path: Path, verb: str) -> None:
+    project = Project(tmp_path)
+    project.write("upkeep.py", "import sys; print(sys.argv[1:]); sys.exit(7)")
+    assert "run: ./puter.sh setup" in project.puter(verb, BATOS_VENV=str(tmp_path / "none")).stderr
+    result = project.puter(verb, "--to", "a folder")
+    assert (result.returncode, result.stdout.strip()) == (7, str([verb, "--to", "a folder"]))
+    assert f"  {verb} " in project.puter("help").stdout

@@ -58,7 +58,7 @@ def packer(storage: Any, references: References, stop: bytes, gc: bool) -> tuple
         if end is None:
             return None
         try:
-            with open(f"{work._path}.pack", "rb") as packed:
+            with open(f"{work._path}.pack", "rb+") as packed:
                 os.fsync(packed.fileno())
             with contextlib.suppress(FileNotFoundError):
                 os.remove(f"{work._path}.index")  # it tells of the file that goes

@@ -149,7 +149,8 @@ class Keeper:
         entry = self._ledger.told(what)
         last = entry["last"] or 0.0
         if what == "backup":
-            last = max([last, *(backup.verified for backup in self._backups.kept()[-1:])])
+            with suppress(OSError):  # a folder that can't be read; the backup will tell
+                last = max([last, *(backup.verified for backup in self._backups.kept()[-1:])])
         due = last + interval
         if entry["failures"]:
             due = min(due, entry["tried"]) + min(interval, PAUSE_S * 2 ** min(entry["failures"], 20))

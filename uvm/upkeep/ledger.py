@@ -19,7 +19,7 @@ class Ledger:
 
     def told(self, what: str) -> dict[str, Any]:
         """Returns `{last, tried, failures, error?, …}` of a kind of upkeep; times in Unix seconds."""
-        kept = (files.read_json(self._path) or {}).get(what)
+        kept = self._read().get(what)
         known = kept if isinstance(kept, dict) else {}
         entry = _NOTHING | known
         numbers = (entry["last"] or 0.0, entry["tried"], entry["failures"])
@@ -39,4 +39,10 @@ class Ledger:
 
     def _write(self, what: str, entry: dict[str, Any]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(self._path, (files.read_json(self._path) or {}) | {what: entry})
+        files.write_json(self._path, self._read() | {what: entry})
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return files.read_json(self._path) or {}
+        except OSError:
+            return {}
