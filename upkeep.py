@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -115,7 +116,7 @@ class Upkeep:
         with files.typed_errors(f"verifying {backups.folder}"):
             newest = backups.newest()
             report = backups.check(newest)
-        line = f"Backup {newest.told()} again just now; {report.told()}"
+        line = f"Backup {newest.told()} again just now, in {report.seconds:.1f} s."
         return line, asdict(report) | {"path": str(report.path), "stamp": newest.stamp}
 
     def _image_and_blobs(self, given: Path | None) -> tuple[Path, Path]:
@@ -201,10 +202,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _days(text: str) -> float:
-    days = float(text)
-    if not 0 <= days <= 36_500:
-        raise argparse.ArgumentTypeError("from 0 to 36500")
-    return days
+    with suppress(ValueError):
+        if 0 <= float(text) <= 36_500:
+            return float(text)
+    raise argparse.ArgumentTypeError("a number of days from 0 to 36500")
 
 
 def _stop(number: int, _: object) -> NoReturn:
