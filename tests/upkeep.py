@@ -16,8 +16,9 @@ from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
 
 from uvm.image.image import LivingImage
-from uvm.upkeep.backups import Backup, Backups
+from uvm.upkeep.backups import Backups
 from uvm.upkeep.files import blob_files
+from uvm.upkeep.manifests import Backup
 from uvm.upkeep.restore import restore
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
@@ -29,11 +29,11 @@ from ZODB.scripts import repozo
 from uvm.errors import NoBackup, NotVerified, ResourceExhausted, UpkeepBusy, UpkeepError
 from uvm.image.defused import defuse
 from uvm.upkeep import files
+from uvm.upkeep.manifests import STAMP, Backup, read, write_dat
 from uvm.upkeep.verify import Report, Tell, verify
 
 MARKER = "batos-backups.json"
 SCRATCH = "scratch-"
-STAMP = "%Y-%m-%d-%H-%M-%S"
 _CHUNK = 1 << 20
 _PARTS = re.compile(r"(\d{4}(?:-\d\d){5})\.(fs|deltafs|dat|index|json)")
 _UNREADABLE = (
@@ -45,56 +45,6 @@ _UNREADABLE = (
     ValueError,
     struct.error,
 )
-
-
-@dataclass(frozen=True)
-class Backup:
-    """One verified backup, as its manifest has it.
-
-    Attributes:
-        stamp: when it was begun, UTC, as in the names of its files.
-        chain: stamp of the full backup that it builds on; its own where it is one.
-        start: offset in the image at which its file begins.
-        bytes: size of the image that it restores, without blobs.
-        md5: of its file.
-        transaction_id: the last transaction in it.
-        blobs: the blob files that belong to it: relative name -> size in bytes.
-        verified: Unix seconds of the last time that a restored copy of it was verified.
-    """
-
-    stamp: str
-    chain: str
-    start: int
-    bytes: int
-    md5: str
-    transaction_id: str
-    transactions: int
-    objects: int
-    blobs: dict[str, int] = field(repr=False)
-    verified: float
-
-    @property
-    def full(self) -> bool:
-        return self.stamp == self.chain
-
-    @property
-    def file(self) -> str:
-        """Name of its file in the folder."""
-        return f"{self.stamp}.{'fs' if self.full else 'deltafs'}"
-
-    @property
-    def made(self) -> float:
-        """Unix seconds."""
-        return dt.datetime.strptime(self.stamp, STAMP).replace(tzinfo=dt.UTC).timestamp()
-
-    def told(self) -> str:
-        """Returns one line about it."""
-        kind = "full" if self.full else f"incremental, {self.bytes - self.start} bytes new"
-        blobs = f", {len(self.blobs)} blobs" * bool(self.blobs)
-        return (
-            f"{self.stamp} ({kind}): {self.bytes} bytes, {self.transactions} transactions, "
-            f"{self.objects} objects{blobs}, verified"
-        )
 
 
 class Backups:
@@ -110,7 +60,7 @@ class Backups:
 
     def kept(self) -> list[Backup]:
         """Returns the backups that count, the oldest first."""
-        found = (_read(path) for path in sorted(self.folder.glob("*.json")) if path.name != MARKER)
+        found = (read(path) for path in sorted(self.folder.glob("*.json")) if path.name != MARKER)
         backups = [backup for backup in found if backup is not None]
         chains = {backup.chain for backup in backups if backup.full}
         return [backup for backup in backups if backup.chain in chains]
@@ -295,7 +245,7 @@ class Backups:
         self._tell(f"copying {image}")
         defuse()
         if last is not None:
-            _write_dat(self.folder, self._chain(last))
+            write_dat(self.folder, self._chain(last))
         try:
             repozo.do_backup(_options(self.folder, image, stamp, full=last is None))
         except _UNREADABLE as error:
@@ -330,7 +280,7 @@ class Backups:
             verified=time.time(),
         )
         files.write_json(self.folder / f"{sound.stamp}.json", asdict(sound))
-        _write_dat(self.folder, self._chain(sound))
+        write_dat(self.folder, self._chain(sound))
         return sound
 
     def _prune(self, keep: int) -> None:
@@ -358,14 +308,6 @@ class Backups:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read(path: Path) -> Backup | None:
-    """Returns the backup of a manifest; None where it can't be read."""
-    try:
-        return Backup(**(files.read_json(path) or {}))
-    except TypeError:
-        return None
-
-
 def _way(folder: Path, image: Path) -> str:
     """Returns how an image is reached from a folder, which stays so where both are moved together."""
     try:
@@ -387,12 +329,3 @@ def _options(folder: Path, image: Path, stamp: str, *, full: bool) -> SimpleName
         date=None,
         test_now=now,
     )
-
-
-def _write_dat(folder: Path, chain: list[Backup]) -> None:
-    """Writes the list of a chain's parts as repozo has it, so that repozo alone could restore them."""
-    lines = [f"{one.file} {one.start} {one.bytes} {one.md5}\n" for one in chain]
-    path = folder / f"{chain[0].stamp}.dat"
-    part = path.with_name(path.name + files.PART)
-    part.write_text("".join(lines), encoding="utf-8")
-    os.replace(part, path)

@@ -18,7 +18,8 @@ from zc.lockfile import LockError, LockFile
 
 from uvm.errors import ImageLocked, UpkeepError
 from uvm.upkeep import files
-from uvm.upkeep.backups import STAMP, Backup, Backups
+from uvm.upkeep.backups import Backups
+from uvm.upkeep.manifests import STAMP, Backup
 from uvm.upkeep.verify import Tell, verify
 
 SCRATCH = ".restore-"
