@@ -51,6 +51,7 @@ from uvm.psm import PrototypalStateMachine
 from uvm.replays import Replays
 from uvm.trials import TrialRunner
 from uvm.undoing import Undoing
+from uvm.upkeep.keeper import Keeper
 from uvm.versions import Versions
 
 CODEX = PROJECT / "codex"
@@ -162,6 +163,9 @@ class Kernel:
         await self._log.record("kernel", change="live", pid=os.getpid())
         resumed = 0 if settings.SAFE_MODE else await self._missions.resume()
         self._taken_up.set()
+        closing.append(self._upkeep.close)
+        if not settings.SAFE_MODE:
+            self._upkeep.start()
         endpoints = (settings.ZMQ_ENDPOINT, settings.ZMQ_EVENTS_ENDPOINT)
         if beyond := ", ".join(filter(reaches_beyond, endpoints)):
             say(f"Listening beyond this machine at {beyond}; whoever holds an admitted key may do everything")
@@ -258,7 +262,23 @@ class Kernel:
             lane=self._message_lane,
             max_miss_depth=settings.MAX_MISS_DEPTH,
             room=Room(_disk_of(settings), settings.MIN_FREE_MIB).check,
-            control={"ping": self._ping, "status": self._status, "shutdown": self._shutdown},
+            control={
+                "ping": self._ping,
+                "status": self._status,
+                "shutdown": self._shutdown,
+                "upkeep": lambda c: self._upkeep.do(c.what, c.days),
+            },
+        )
+        self._upkeep = Keeper(
+            image=self._image,
+            blob_dir=settings.BLOB_DIR,
+            backup_dir=settings.BACKUP_DIR,
+            ledger=settings.HOME / "run" / "upkeep.json",
+            command=(sys.executable, str(PROJECT / "upkeep.py")),
+            intervals={"backup": settings.BACKUP_INTERVAL_S, "pack": settings.PACK_INTERVAL_S},
+            keep_days=settings.PACK_KEEP_DAYS,
+            record=self._log.record,
+            say=say,
         )
         self._bridge = Bridge(
             endpoint=settings.ZMQ_ENDPOINT,
@@ -316,6 +336,7 @@ class Kernel:
             "models": self._mind.resident(),
             "queue": {lane.name: lane.told() for lane in (self._message_lane, self._mission_lane)},
             "sandbox": {"tier": self._hands.tier, "layers": self._hands.layers},
+            "upkeep": await asyncio.to_thread(self._upkeep.told),
             "versions": _versions(),
         }
 
@@ -337,6 +358,7 @@ def _embedder(settings: Settings) -> Embedder:
 def _protected(settings: Settings) -> tuple[Path, ...]:
     """Returns what no grant may open: data, keys, models and code of BAT OS itself."""
     data = [settings.KEYS_DIR, settings.BLOB_DIR, settings.METACOGNITION_LOG_FILE, settings.MODELS_DIR]
+    data += [settings.BACKUP_DIR]
     image = _image_paths(settings.DB_FILE)
     code = [*(PROJECT / name for name in CODE), Path(sys.prefix)]
     return (*data, *image, settings.LORA_STAGING_DIR, settings.HOME / "run", *code)

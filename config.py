@@ -76,6 +76,8 @@ class Settings(BaseSettings):
     """Free space on the image's disk, in MiB, below which nothing new is begun or written; 0: no limit."""
     LORA_STAGING_DIR: Path = Path("lora_adapters")
     """Where LoRA adapters wait to be adopted. (No organ reads this yet.)"""
+    BACKUP_DIR: Path = Path("backups")
+    """Backups of an image that is a file; better on another disk."""
     MODELS_DIR: Path = Field(default_factory=default_models_dir)
     """Downloaded models; in the user's cache folder, so that a second clone downloads nothing."""
 
@@ -125,7 +127,19 @@ class Settings(BaseSettings):
     """Whether generated code runs where the system has no sandbox for it (tier C; see docs/SECURITY.md)."""
 
     SAFE_MODE: bool = False
-    """Whether nothing starts by itself: missions wait in the journal. The watchdog sets it after crashes."""
+    """Whether nothing starts by itself: missions wait in the journal, and no upkeep is due. The watchdog sets
+    it after crashes."""
+
+    BACKUP_INTERVAL_S: float = Field(default=86_400.0, ge=0)
+    """Seconds from one backup of the running kernel to the next; 0 is never."""
+    BACKUP_KEEP: int = Field(default=4, ge=1)
+    """Chains of backups, each a full one with its increments, that are kept."""
+    BACKUP_FULL_EVERY: int = Field(default=7, ge=1)
+    """Backups in a chain, the full one included; the next begins a new chain."""
+    PACK_INTERVAL_S: float = Field(default=604_800.0, ge=0)
+    """Seconds from one pack of the running kernel to the next; 0 is never."""
+    PACK_KEEP_DAYS: float = Field(default=30.0, ge=0, le=36_500)
+    """Days of history that a pack keeps: how far back `undo` and `as_of` reach."""
 
     AUTOTELIC_INTERVAL_S: float = Field(default=3600.0, ge=1)
     """Seconds between two heartbeats of the autotelic loop. (No organ reads this yet.)"""
@@ -159,7 +173,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _at_home(self) -> Self:
-        for name in ("BLOB_DIR", "KEYS_DIR", "METACOGNITION_LOG_FILE", "LORA_STAGING_DIR"):
+        for name in ("BLOB_DIR", "KEYS_DIR", "METACOGNITION_LOG_FILE", "LORA_STAGING_DIR", "BACKUP_DIR"):
             self.__dict__[name] = self.HOME / getattr(self, name).expanduser()
         if "://" not in self.DB_FILE:
             self.__dict__["DB_FILE"] = str(self.HOME / Path(self.DB_FILE).expanduser())

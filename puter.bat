@@ -14,7 +14,7 @@ set "COMMAND=%~1"
 if not defined COMMAND set "COMMAND=all"
 rem Without outer quotes, so that the quotes of an argument protect what is between them.
 set REST=%*
-for %%C in (all setup kernel client status stop inspect key test help) do if /i "%COMMAND%"=="%%C" goto command_%%C
+for %%C in (all setup kernel client status stop inspect backup restore verify pack key test help) do if /i "%COMMAND%"=="%%C" goto command_%%C
 call :usage 1>&2
 exit /b 2
 
@@ -29,6 +29,10 @@ echo   status   what the kernel says about itself
 echo   stop     ends watchdog and kernel of this home
 echo   inspect  lists the transactions in the living image (also while the kernel runs); runs nothing of it;
 echo            --object NAME for one object
+echo   backup   what is new in the image, verified by restoring it; --to FOLDER, --full
+echo   restore  puts a backup in the place of the image, which is kept; --at TIME, --from FOLDER, --to FILE
+echo   verify   reads the whole image and says whether it is sound; --backups for the newest backup
+echo   pack     forgets versions that were replaced long ago; --days N
 echo   key      which clients may speak to the kernel: key add NAME, key list, key revoke NAME
 echo   test     style, types and all tests; further arguments go to pytest
 echo   help     this text
@@ -124,6 +128,14 @@ pushd "%HERE%"
 set "STATUS=%ERRORLEVEL%"
 popd
 exit /b %STATUS%
+
+:command_backup
+:command_restore
+:command_verify
+:command_pack
+call :need_set_up || exit /b 1
+"%PY%" "%HERE%\upkeep.py" %*
+exit /b %ERRORLEVEL%
 
 :command_test
 call :set_up || exit /b 1

@@ -29,6 +29,10 @@ Usage: ./puter.sh [COMMAND]
   stop     ends watchdog and kernel of this home
   inspect  lists the transactions in the living image (also while the kernel runs); runs nothing of it;
            --object NAME for one object
+  backup   what is new in the image, verified by restoring it; --to FOLDER, --full
+  restore  puts a backup in the place of the image, which is kept; --at TIME, --from FOLDER, --to FILE
+  verify   reads the whole image and says whether it is sound; --backups for the newest backup
+  pack     forgets versions that were replaced long ago; --days N
   key      which clients may speak to the kernel: key add NAME, key list, key revoke NAME
   test     style, types and all tests; further arguments go to pytest
   help     this text
@@ -279,6 +283,19 @@ command_key() {
     exec "$PY" -m uvm.keys --keys-dir "$keys" "$@"
 }
 
+command_backup() { run_upkeep backup "$@"; }
+
+command_restore() { run_upkeep restore "$@"; }
+
+command_verify() { run_upkeep verify "$@"; }
+
+command_pack() { run_upkeep pack "$@"; }
+
+run_upkeep() {
+    need_set_up
+    exec "$PY" "$HERE/upkeep.py" "$@"
+}
+
 command_test() {
     set_up
     install_packages requirements-dev.txt
@@ -302,7 +319,7 @@ check() {
 }
 
 case ${1:-all} in
-    all | setup | kernel | client | status | stop | inspect | key | test)
+    all | setup | kernel | client | status | stop | inspect | backup | restore | verify | pack | key | test)
         command=${1:-all}
         if [ $# -gt 0 ]; then shift; fi
         "command_$command" "$@"

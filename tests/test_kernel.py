@@ -219,7 +219,9 @@ async def test_every_command_answers(start_kernel: Start, tmp_path: Path) -> Non
         assert [m["brief"].get("type", "") for m in missions] == ["revision", ""]
         assert (await ask("mission", mission_id=missions[0]["mission_id"]))["state"] == "complete"
         assert (await ask("cancel_mission", mission_id=missions[0]["mission_id"]))["state"] == "complete"
+        assert (await ask("upkeep", what="backup"))["what"] == "backup"
         status = await ask("status")
+        assert status["upkeep"]["backup"]["bytes"] == status["image"]["bytes"]
         assert status["home"] == str(process.home)
         assert status["image"]["records"] > 8
         assert status["sandbox"]["tier"]

@@ -10,7 +10,7 @@ LAYERS = [
     {"uvm.pressure", "uvm.codec", "uvm.capabilities", "uvm.grant_options", "uvm.keyfiles", "uvm.handshakes"},
     {"uvm.messages", "uvm.keys"},
     {"uvm.lanes", "uvm.metacognition", "uvm.image", "uvm.guardian", "uvm.client"},
-    {"uvm.hands", "uvm.memory", "uvm.mind"},
+    {"uvm.hands", "uvm.memory", "uvm.mind", "uvm.upkeep"},
     {"uvm.broker"},
     {"uvm.parser", "uvm.prompts", "uvm.messenger"},
     {"uvm.trials"},
@@ -73,7 +73,7 @@ def test_imports_go_down() -> None:
 
 
 def test_organs_know_no_settings_and_no_kernel() -> None:
-    top = {"config", "batos", "chat_client", "min_watchdog_service"}
+    top = {"config", "batos", "chat_client", "min_watchdog_service", "upkeep"}
     assert {name: imports_of(path) & top for name, path in modules().items() if imports_of(path) & top} == {}
 
 

@@ -22,7 +22,8 @@
     │   ├── QueueFull
     │   ├── ShuttingDown
     │   ├── Conflict             other transactions kept winning
-    │   ├── ResourceExhausted    no disk, no descriptors, no memory, or a read-only file system: `resource`
+    │   ├── ResourceExhausted    no disk, descriptors or memory left; `resource` says which
+    │   ├── UpkeepBusy           another backup, restore, verification or pack is under way
     │   └── KernelUnreachable    raised by the client library
     ├── MethodError              generated code failed; the image is untouched
     │   ├── MethodRaised         it raised an exception
@@ -41,6 +42,9 @@
     │   ├── ModelUnavailable     missing, damaged, or refused by its engine
     │   ├── PromptTooLong        the prompt does not fit the model's context
     │   └── GenerationCancelled
+    ├── UpkeepError              a backup, a restore or a pack did not succeed; what was there is whole
+    │   ├── NoBackup
+    │   └── NotVerified          what was read is not sound; `problems` says what
     └── HomeError                the kernel can't start with what it found
         ├── ConfigError          a setting with a wrong value
         ├── AssetError           a model file that is missing or whose SHA-256 differs
@@ -162,6 +166,10 @@ class ResourceExhausted(RetryLater):
     pass
 
 
+class UpkeepBusy(RetryLater):
+    pass
+
+
 class KernelUnreachable(RetryLater):
     pass
 
@@ -231,6 +239,18 @@ class PromptTooLong(MindError):
 
 
 class GenerationCancelled(MindError):
+    pass
+
+
+class UpkeepError(BatosError):
+    pass
+
+
+class NoBackup(UpkeepError):
+    pass
+
+
+class NotVerified(UpkeepError):
     pass
 
 

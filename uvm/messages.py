@@ -291,6 +291,12 @@ class CancelMission(_Frozen):
     mission_id: MissionId
 
 
+class Upkeep(_Frozen):
+    command: Literal["upkeep"]
+    what: Literal["backup", "pack"]
+    days: Annotated[float, Field(ge=0, le=36_500)] | None = None
+
+
 class Status(_Frozen):
     command: Literal["status"]
 
@@ -322,6 +328,7 @@ Command = (
     | Missions
     | Mission
     | CancelMission
+    | Upkeep
     | Status
     | Ping
     | Shutdown

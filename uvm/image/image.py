@@ -28,7 +28,10 @@ from typing import Any, TypeVar, overload
 from persistent.mapping import PersistentMapping
 from transaction import TransactionManager
 from transaction.interfaces import NoTransaction
-from ZODB.POSException import POSKeyError
+from ZODB.FileStorage import FileStorage
+from ZODB.FileStorage.format import CorruptedError
+from ZODB.POSException import POSError, POSKeyError
+from ZODB.serialize import referencesf
 
 from uvm.codec import is_oid
 from uvm.errors import (
@@ -38,6 +41,7 @@ from uvm.errors import (
     ObjectExists,
     ObjectNotFound,
     ShuttingDown,
+    UpkeepError,
 )
 from uvm.image import changes, past, values
 from uvm.image.changes import Changes
@@ -412,6 +416,34 @@ class LivingImage:
                 if not left:
                     raise
         raise AssertionError("unreachable")
+
+    @property
+    def packable(self) -> bool:
+        """Whether it is a file, which can be packed."""
+        return isinstance(self._db.storage, FileStorage)
+
+    def pack(self, until: float) -> None:
+        """Forgets versions that were replaced before `until`, and what nobody refers to; blocks for long.
+
+        Other threads go on committing. The file before stays beside it as `.old`, and so do blobs.
+
+        Args:
+            until: Unix seconds.
+
+        Raises:
+            UpkeepError: the image is no file, or is damaged; it is as it was.
+            OSError: the disk is full or broken; the image is as it was.
+        """
+        if not self.packable:
+            raise UpkeepError(f"{self.location} is no image file; pack it with the tools of its server")
+        try:
+            self._db.storage.pack(until, referencesf)
+        except (POSError, CorruptedError, KeyError, ValueError) as error:
+            raise UpkeepError(
+                f"{self.location} can't be packed ({type(error).__name__}: {error!s:.300}); "
+                "see ./puter.sh verify",
+                path=self.location,
+            ) from error
 
     def last_transaction(self) -> str:
         """Returns the 16-digit hex id of the newest transaction."""

@@ -20,6 +20,7 @@ from ZODB._compat import Pickler, _protocol
 from ZODB.fsIndex import fsIndex
 
 from uvm.image.chain import MAGIC, UNFINISHED, ChainReader
+from uvm.image.packing import packer
 from uvm.image.steady import SteadyFileStorage
 
 MIN_STEP = 32 << 20  # bytes that the file grows by before its index is saved again
@@ -58,6 +59,8 @@ class ImageStorage(SteadyFileStorage):
         preflight: called under the lock, before the file is opened; returns its whole index, or None where
             there is no transaction. What it raises is raised.
     """
+
+    packer = staticmethod(packer)
 
     def __init__(self, path: Path, blob_dir: Path, preflight: Preflight) -> None:
         self._preflight = preflight

@@ -1,0 +1,331 @@
+"""A folder of backups: chains of one full backup and the increments after it, as ZODB's `repozo` writes them.
+
+A backup counts only once its manifest (`STAMP.json`) is there, which is written last, after a copy restored
+from the folder has been verified. Whatever has no manifest is what a kill or a fault has left: the next
+backup sweeps it away. Blob files lie in `blobs/`, once for all backups.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import os
+import re
+import shutil
+import struct
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
+
+from ZODB.FileStorage.format import CorruptedError
+from ZODB.POSException import POSError
+from ZODB.scripts import repozo
+
+from uvm.errors import NoBackup, NotVerified, ResourceExhausted, UpkeepBusy, UpkeepError
+from uvm.image.defused import defuse
+from uvm.upkeep import files
+from uvm.upkeep.manifests import STAMP, Backup, read, write_dat
+from uvm.upkeep.verify import Report, Tell, verify
+
+MARKER = "batos-backups.json"
+SCRATCH = "scratch-"
+_CHUNK = 1 << 20
+_PARTS = re.compile(r"(\d{4}(?:-\d\d){5})\.(fs|deltafs|dat|index|json)")
+_UNREADABLE = (
+    POSError,
+    CorruptedError,
+    repozo.RepozoError,
+    AssertionError,
+    KeyError,
+    ValueError,
+    struct.error,
+)
+
+
+class Backups:
+    """A folder of backups.
+
+    Args:
+        tell: told which phase begins.
+    """
+
+    def __init__(self, folder: Path, tell: Tell = lambda _: None) -> None:
+        self.folder = folder
+        self._tell = tell
+
+    def kept(self) -> list[Backup]:
+        """Returns the backups that count, the oldest first."""
+        found = (read(path) for path in sorted(self.folder.glob("*.json")) if path.name != MARKER)
+        backups = [backup for backup in found if backup is not None]
+        chains = {backup.chain for backup in backups if backup.full}
+        return [backup for backup in backups if backup.chain in chains]
+
+    def newest(self, until: str | None = None) -> Backup:
+        """Returns the newest backup, or the newest that was made until a time.
+
+        Raises:
+            NoBackup: there is none.
+        """
+        backups = [backup for backup in self.kept() if until is None or backup.stamp <= until]
+        if not backups:
+            earliest = next((f"; the first is of {backup.stamp}" for backup in self.kept()), "")
+            when = f" of {until} UTC or before" if until else ""
+            raise NoBackup(
+                f"no verified backup{when} in {self.folder}{earliest}; make one: ./puter.sh backup",
+                folder=str(self.folder),
+            )
+        return backups[-1]
+
+    def unpack(self, backup: Backup, into: Path) -> None:
+        """Restores the image file of a backup, and its index, comparing each part with its sum.
+
+        Raises:
+            NotVerified: a part is missing or damaged.
+        """
+        self._tell(f"restoring {backup.stamp}")
+        with into.open("xb") as file:
+            for one in self._chain(backup):
+                self._append(one, file)
+            file.flush()
+            os.fsync(file.fileno())
+        index = self.folder / f"{backup.stamp}.index"
+        if index.is_file():
+            files.copy(index, Path(f"{into}.index"))
+
+    def check(self, backup: Backup) -> Report:
+        """Verifies a backup by restoring it into a scratch folder; returns what it holds.
+
+        Raises:
+            NotVerified: it does not restore, or what it restores is not sound.
+        """
+        with self._scratch() as scratch:
+            self.unpack(backup, scratch / "image.fs")
+            report = verify(scratch / "image.fs", self.folder / "blobs", self._tell)
+        problems = list(report.problems)
+        problems += [f"blob {name} is missing" for name in self._missing_blobs(backup)]
+        problems += ["it ends within a transaction"] * bool(report.unfinished)
+        if problems:
+            raise NotVerified(f"backup {backup.stamp} does not verify: {problems[0]}", problems=problems)
+        return report
+
+    def _missing_blobs(self, backup: Backup) -> list[str]:
+        present = files.blob_files(self.folder / "blobs")
+        return [name for name, size in backup.blobs.items() if present.get(name) != size]
+
+    def _chain(self, backup: Backup) -> list[Backup]:
+        """Returns the backups that one consists of, itself the last; it need not count yet."""
+        earlier = (one for one in self.kept() if one.chain == backup.chain and one.stamp < backup.stamp)
+        return [*earlier, backup]
+
+    def _append(self, one: Backup, image: IO[bytes]) -> None:
+        digest = hashlib.md5(usedforsecurity=False)  # as repozo has it: against damage, not against forgers
+        try:
+            with (self.folder / one.file).open("rb") as part:
+                while data := part.read(_CHUNK):
+                    digest.update(data)
+                    image.write(data)
+        except FileNotFoundError:
+            raise NotVerified(f"{self.folder / one.file} is missing", problems=[one.file]) from None
+        if image.tell() != one.bytes or digest.hexdigest() != one.md5:
+            raise NotVerified(f"{self.folder / one.file} is damaged; use another backup", problems=[one.file])
+
+    def make(self, image: Path, blob_dir: Path, *, keep: int, full_every: int, full: bool = False) -> Backup:
+        """Makes a backup of an image, verifies it, and removes chains that are too many.
+
+        Args:
+            keep: how many chains are kept, this one included.
+            full_every: how many backups a chain may have.
+            full: whether to begin a new chain in any case.
+
+        Raises:
+            NotVerified: the backup does not verify; it is removed, older ones are whole.
+            UpkeepBusy: another upkeep of this image, or another backup into this folder, is under way.
+            ResourceExhausted: no space left.
+            UpkeepError: anything else; older backups are whole.
+        """
+        if not image.is_file():
+            raise UpkeepError(f"there is no living image at {image} yet; start the kernel once")
+        with files.typed_errors(f"backup into {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with (
+                files.alone(files.image_lock(image), "upkeep of this image"),
+                files.alone(self.folder / ".lock", "backup into this folder"),
+            ):
+                self._claim(image)
+                self._sweep()
+                backup = self._make(image, blob_dir, full_every, full)
+                self._prune(keep)
+                return backup
+
+    def _claim(self, image: Path) -> None:
+        """Makes sure that the folder holds backups of this image, or nothing yet."""
+        marker = self.folder / MARKER
+        mine = _way(self.folder, image)
+        known = files.read_json(marker)
+        if known is None:
+            strangers = [name for name in os.listdir(self.folder) if name not in (".lock", MARKER)]
+            if strangers:
+                raise UpkeepError(
+                    f"{self.folder} holds {strangers[0]} and is no folder of backups; name an empty one"
+                )
+            files.write_json(marker, {"image": mine})
+        elif known.get("image") != mine:
+            raise UpkeepError(
+                f"{self.folder} holds backups of another image ({known.get('image')}); name another folder, "
+                f"or put {mine} in {marker} where the image was moved"
+            )
+
+    def _sweep(self) -> None:
+        """Removes what never counted: half-written files, backups that were not verified, scratch folders."""
+        stamps = {path.stem for path in self.folder.glob("*.json")}
+        for path in list(self.folder.iterdir()):
+            parts = _PARTS.fullmatch(path.name)
+            if path.name.startswith(SCRATCH):
+                shutil.rmtree(path)
+            elif path.name == "tmp.tmp" or path.suffix == files.PART or (parts and parts[1] not in stamps):
+                path.unlink()
+        for path in (self.folder / "blobs").rglob(f"*{files.PART}"):
+            path.unlink()
+
+    def _make(self, image: Path, blob_dir: Path, full_every: int, full: bool) -> Backup:
+        kept = self.kept()
+        chain = [backup for backup in kept if backup.chain == kept[-1].chain]
+        if full or not chain or len(chain) >= full_every:
+            return self._attempt(image, blob_dir, None)
+        try:
+            return self._attempt(image, blob_dir, chain[-1])
+        except (ResourceExhausted, UpkeepBusy):
+            raise
+        except UpkeepError as error:  # the chain may be what is damaged
+            self._tell(f"{error}; beginning a new chain")
+            return self._attempt(image, blob_dir, None)
+
+    def _attempt(self, image: Path, blob_dir: Path, last: Backup | None) -> Backup:
+        """Makes one backup after `last`, or a full one; leaves nothing where it fails."""
+        stamp = self._next_stamp()
+        self._check_space(image, last)
+        try:
+            written = self._copy_image(image, stamp, last)
+            self._tell("copying blobs")
+            blobs = self._copy_blobs(blob_dir)
+            files.sync_folder(self.folder)
+            return self._verified(replace(written, blobs=blobs))
+        except BaseException:
+            for path in self.folder.glob(f"{stamp}.*"):
+                path.unlink()
+            (self.folder / "tmp.tmp").unlink(missing_ok=True)
+            raise
+
+    def _next_stamp(self) -> str:
+        """Returns now, or a second after the newest backup where the clock says that it was later."""
+        now = dt.datetime.now(dt.UTC).strftime(STAMP)
+        newest = max((backup.stamp for backup in self.kept()), default="")
+        if now > newest:
+            return now
+        return (dt.datetime.strptime(newest, STAMP) + dt.timedelta(seconds=1)).strftime(STAMP)
+
+    def _check_space(self, image: Path, last: Backup | None) -> None:
+        size = image.stat().st_size
+        needed = 2 * size - (last.bytes if last is not None else 0)  # the backup, and a copy to verify it
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise ResourceExhausted(
+                f"backup into {self.folder}: it needs {needed} bytes, {free} are free; make room",
+                resource="disk",
+                path=str(self.folder),
+            )
+
+    def _copy_image(self, image: Path, stamp: str, last: Backup | None) -> Backup:
+        """Lets repozo copy what is new; returns an unverified backup, `last` where nothing is."""
+        self._tell(f"copying {image}")
+        defuse()
+        if last is not None:
+            write_dat(self.folder, self._chain(last))
+        try:
+            repozo.do_backup(_options(self.folder, image, stamp, full=last is None))
+        except _UNREADABLE as error:
+            told = f"{type(error).__name__}: {error!s:.300}"
+            raise UpkeepError(f"{image} can't be copied ({told}); see ./puter.sh verify") from error
+        written = next(iter(self.folder.glob(f"{stamp}.*fs")), None)
+        if written is None:  # nothing has changed
+            assert last is not None
+            return last
+        chain = stamp if written.suffix == ".fs" or last is None else last.chain
+        line = (self.folder / f"{chain}.dat").read_text(encoding="utf-8").splitlines()[-1]
+        _, start, end, md5 = line.rsplit(None, 3)
+        return Backup(stamp, chain, int(start), int(end), md5, "", 0, 0, {}, 0.0)
+
+    def _copy_blobs(self, blob_dir: Path) -> dict[str, int]:
+        names = files.blob_files(blob_dir) if blob_dir.is_dir() else {}
+        present = {}
+        for name, size in names.items():
+            with suppress(FileNotFoundError):  # of a transaction that was aborted meanwhile
+                files.copy_blobs(blob_dir, self.folder / "blobs", {name: size})
+                present[name] = size
+        return present
+
+    def _verified(self, backup: Backup) -> Backup:
+        """Verifies a backup, and lets it count."""
+        report = self.check(backup)
+        sound = replace(
+            backup,
+            transaction_id=report.transaction_id,
+            transactions=report.transactions,
+            objects=report.objects,
+            verified=time.time(),
+        )
+        files.write_json(self.folder / f"{sound.stamp}.json", asdict(sound))
+        write_dat(self.folder, self._chain(sound))
+        return sound
+
+    def _prune(self, keep: int) -> None:
+        """Removes all but the newest chains, manifests first, and the blobs that no backup names any more."""
+        backups = self.kept()
+        chains = sorted({backup.chain for backup in backups})
+        gone = [backup for backup in backups if backup.chain in chains[:-keep]]
+        for backup in reversed(gone):
+            (self.folder / f"{backup.stamp}.json").unlink()
+        if gone:
+            files.sync_folder(self.folder)
+            self._sweep()
+        named = {name for backup in self.kept() for name in backup.blobs}
+        for name in files.blob_files(self.folder / "blobs").keys() - named:
+            (self.folder / "blobs" / name).unlink()
+        files.prune_folders(self.folder / "blobs")
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """Gives a folder beside the backups that is removed in the end."""
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self.folder))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _way(folder: Path, image: Path) -> str:
+    """Returns how an image is reached from a folder, which stays so where both are moved together."""
+    try:
+        return Path(os.path.relpath(image.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # on another drive
+        return str(image.resolve())
+
+
+def _options(folder: Path, image: Path, stamp: str, *, full: bool) -> SimpleNamespace:
+    """Returns what repozo takes its command line for; `test_now` is how it is told the time."""
+    now = tuple(map(int, stamp.split("-")))
+    return SimpleNamespace(
+        file=str(image),
+        repository=str(folder),
+        full=full,
+        quick=False,
+        gzip=False,
+        killold=False,
+        date=None,
+        test_now=now,
+    )
