@@ -16,6 +16,7 @@ from uvm.errors import BatosError
 # Each module has a coroutine `run() -> list[Figure]`, and is imported when it is asked for.
 BENCHES = {
     "dispatch": "bench.dispatch",
+    "image": "bench.image",
     "mind": "bench.mind",
 }
 

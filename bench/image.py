@@ -1,8 +1,8 @@
 """`python -m bench image`: what the living image costs beside bare ZODB, and what its size costs.
 
 Commits per second over the wire beside bare ZODB commits; time until live and memory of kernels whose images
-hold 1,000 to 1,000,000 objects; backup and restore beside a plain copy. Kernels and raw limits run alternately
-in the same minutes on the same machine. Takes about ten minutes, most of them to make the large image.
+hold 1,000 to 1,000,000 objects, beside the smallest; backup and restore beside a plain copy. Kernels and raw
+limits run alternately, on the same machine. Takes about ten minutes, most of them to make the large image.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 from bench.dispatch import BareImage, rate, scripted
@@ -28,6 +29,7 @@ SIZES = (1_000, 100_000, 1_000_000)
 STARTS = 3
 PAGE = 1000
 COPIED = 100_000  # objects of the image that is backed up
+IMAGE = "live_image.fs"
 
 
 async def run() -> list[Figure]:
@@ -36,15 +38,16 @@ async def run() -> list[Figure]:
         home = Path(folder)
         figures = await _commits(home)
         for size in SIZES:
-            await asyncio.to_thread(
-                _python, "-m", "bench.images", str(home / f"{size}" / "live_image.fs"), f"{size}"
-            )
+            place = home / f"{size}"
+            place.mkdir()
+            await asyncio.to_thread(_python, "-m", "bench.images", str(place / IMAGE), f"{size}")
         return figures + await _sizes(home) + await asyncio.to_thread(_copies, home)
 
 
 def _python(*arguments: str, **environment: str) -> None:
     """Runs Python in a process of its own, whose memory is not the bench's."""
-    subprocess.run([sys.executable, *arguments], cwd=PROJECT, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, *arguments]
+    subprocess.run(command, cwd=PROJECT, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL)
 
 
 async def _commits(home: Path) -> list[Figure]:
@@ -64,7 +67,7 @@ async def _commits(home: Path) -> list[Figure]:
 
 async def _rates(clients: list[Kernel], bare_file: Path) -> list[Figure]:
     def of_each(send: Callable[[Kernel, str], Awaitable[object]]) -> list[Callable[[], Awaitable[object]]]:
-        return [lambda k=kernel, n=number: send(k, f"tally_{n}") for number, kernel in enumerate(clients)]
+        return [partial(send, kernel, f"tally_{number}") for number, kernel in enumerate(clients)]
 
     kinds = {
         "set_slot": of_each(lambda k, name: k.request("set_slot", target_oid=name, slot="size", value=7)),
@@ -124,3 +127,27 @@ def _resident_mib(pid: int) -> float:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
     raise RuntimeError(f"no memory of process {pid}")
+
+
+def _copies(home: Path) -> list[Figure]:
+    """Measures a full backup and a restore, each with its verification, beside a copy of the same file."""
+    place = home / f"{COPIED}"
+    image = place / IMAGE
+    mib = image.stat().st_size / (1 << 20)
+    raw = mib / _seconds(lambda: _copy(image, home / "copy.fs"))
+    backup = mib / _seconds(lambda: _python("upkeep.py", "backup", BATOS_HOME=str(place)))
+    restore = mib / _seconds(lambda: _python("upkeep.py", "restore", BATOS_HOME=str(place)))
+    told = f"of {COPIED:,} objects, verified"
+    return [beside(f"backup {told}", backup, "MiB/s", raw), beside(f"restore {told}", restore, "MiB/s", raw)]
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

@@ -214,7 +214,7 @@ class TestPack:
 
     def test_an_image_that_does_not_verify_keeps_the_one_before(self, home: Home) -> None:
         data = home.image.read_bytes()
-        damaged = data[::-1].replace(b"UvmObject"[::-1], b"UvmObjekt"[::-1], 1)[::-1]
+        damaged = data[::-1].replace(b"PersistentMapping"[::-1], b"PersistentMappinG"[::-1], 1)[::-1]
         assert damaged != data
         home.image.write_bytes(damaged)
         for _ in range(2):  # the second one finds what the first has kept
