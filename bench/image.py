@@ -8,6 +8,8 @@ limits run alternately, on the same machine. Takes about ten minutes, most of th
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import statistics
 import subprocess
 import sys
