@@ -262,7 +262,8 @@ async def test_turning_back_time_on_a_real_kernel(start_kernel: Start, tmp_path:
         shop = Shop(kernel)
         assert "taken up from the journal" not in process.log
         row = await shop.ask("mission", mission_id=second["mission_id"])
-        assert (row["state"], row["undone"]) == ("complete", second["method"]["transaction_id"])
+        done = second["method"]["transaction_id"]
+        assert (row["state"], row["undone"], row["transaction_id"]) == ("complete", done, done)
         assert [await shop.send("total", ["apple"]), await shop.send("stock", as_of=then)] == [3, 7]
 
 

@@ -35,10 +35,7 @@ PRIORITIES = {"architect": 0, MISS: 0, "autotelic": 10}  # by origin; the lowest
 IDLE_SHARE = 0.5  # the part of the queue that missions of a later priority may fill
 BREATH = 200  # rows of the journal that are read in one go
 CLOSING_S = 8.0  # how long closing waits for the last commits of what it interrupts
-RETRY_S, LONGEST_RETRY_S = (
-    1.0,
-    60.0,
-)  # pauses of a mission that can't go on now
+RETRY_S, LONGEST_RETRY_S = 1.0, 60.0  # pauses of a mission that can't go on now
 
 Result = dict[str, Any]
 

@@ -183,7 +183,7 @@ def _mark(row: journal.MissionRow, change: Change, tid: str) -> None:
     was, then = change.was.get("undone"), change.then.get("undone")
     outcome = {name: value for name, value in row.outcome.items() if name != "undone"}
     if then is None and change.then.get("state") == journal.COMPLETE != change.was.get("state"):
-        row.outcome = {**outcome, "undone": tid}
+        row.outcome = {**outcome, "transaction_id": tid, "undone": tid}  # the row's own last change is this
     elif then != was:
         row.outcome = outcome if was is None else {**outcome, "undone": was}
 

@@ -70,7 +70,7 @@ class MissionRow(Persistent):
         """Returns the row as plain data: times in Unix seconds, `outcome` merged in.
 
         A completed mission's `transaction_id` is that of the row's last change, which is the commit that
-        completed it: a closed row does not change.
+        completed it; who changes a closed row puts it into `outcome`.
         """
         committed = self.state == COMPLETE and self._p_jar is not None and not self._p_changed
         return {
