@@ -12,7 +12,6 @@ finished file is cut at many places within its last transaction. Prints a JSON o
 from __future__ import annotations
 
 import asyncio
-import io
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +35,7 @@ from uvm.hands.pool import HandPool
 from uvm.image import history, journal
 from uvm.image.image import LivingImage, Txn
 from uvm.image.prototypes import UvmMethod
+from uvm.image.steady import WholeFile
 from uvm.memory.catalog import KnowledgeCatalog
 from uvm.memory.embedder import Hashing
 from uvm.memory.fractal import FractalMemory
@@ -79,8 +80,8 @@ def die(place: str) -> None:
     signal.raise_signal(signal.SIGKILL)
 
 
-def at_lines(_image: LivingImage, countdown: Countdown) -> None:
-    """Makes each line of watched code a point, in this thread and in those to come."""
+def at_lines(image: LivingImage, countdown: Countdown) -> None:
+    """Makes each line of watched code a point, in this thread and in the one that commits."""
 
     def enter(frame: FrameType, _event: str, _arg: Any) -> Any:
         return line if frame.f_code.co_filename.startswith(WATCHED) else None
@@ -91,11 +92,12 @@ def at_lines(_image: LivingImage, countdown: Countdown) -> None:
         return line
 
     threading.settrace(enter)
+    image._committer = ThreadPoolExecutor(1)  # whose thread begins from now on
     sys.settrace(enter)
 
 
-class _DeadlyFile(io.FileIO):
-    """The image's file, with each write that reaches the system as a point."""
+class _DeadlyFile(WholeFile):
+    """The image's file, with each write as a point."""
 
     def __init__(self, path: str, countdown: Countdown) -> None:
         super().__init__(path, "r+")
@@ -113,7 +115,7 @@ def at_writes(image: LivingImage, countdown: Countdown) -> None:
     """Makes each write to the image's file a point."""
     storage = image._db.storage
     storage._file.close()
-    storage._file = io.BufferedRandom(_DeadlyFile(image.location, countdown))
+    storage._file = _DeadlyFile(image.location, countdown)
 
 
 def opened(folder: Path) -> LivingImage:

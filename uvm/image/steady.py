@@ -17,7 +17,7 @@ from ZODB.FileStorage import FileStorage
 from ZODB.FileStorage.FileStorage import TempFormatter
 
 
-class _Whole(io.FileIO):
+class WholeFile(io.FileIO):
     """A file that is written to at once and in full, or raises."""
 
     def write(self, data: Any) -> int:
@@ -73,8 +73,8 @@ def gave_up(storage: Any) -> bool:
 
 
 def _whole(file: Any) -> Any:
-    if file is None or isinstance(file, _Whole):
+    if file is None or isinstance(file, WholeFile):
         return file
-    whole = _Whole(file.name, "r+b")
+    whole = WholeFile(file.name, "r+b")
     file.close()
     return whole
