@@ -58,8 +58,8 @@ CODEX = PROJECT / "codex"
 CODE = ("uvm", "terminal", "codex", "evals", "bench", "tests", "docs", ".git", ".venv")
 EXIT_CANNOT_START = 2
 EXIT_IMAGE_CLOSED = 3  # a new start is needed, and helps
-THREADS = 8  # for commits, the log and the like; all started with the kernel
 EXIT_INTERRUPTED = 130
+THREADS = 8  # for the log, the past and the like; all started with the kernel
 GRACE_S = 3.0
 SHUTDOWN_S = 15.0  # the watchdog kills 20 s after SIGTERM
 
@@ -289,13 +289,13 @@ class Kernel:
             report=self._fault,
         )
 
-    def _committed(self, transaction_id: str, note: str, user: str) -> None:
-        record = self._log.post("commit", transaction_id=transaction_id, note=note, user=user)
-        record.add_done_callback(self._told)
-
-    def _told(self, record: asyncio.Future[None]) -> None:
-        error = record.exception()
-        if error is not None:  # the commit stands; a log that can't be written must not deny it
+    async def _committed(self, transaction_id: str, note: str, user: str) -> None:
+        try:
+            await self._log.record("commit", transaction_id=transaction_id, note=note, user=user)
+        except (
+            OSError,
+            MemoryError,
+        ) as error:  # the commit stands; a log that can't be written must not deny it
             self._fault(error)
 
     def _fault(self, error: BaseException) -> None:

@@ -64,7 +64,7 @@ class World:
         async with self.image.reading() as txn:
             self.oid = txn.find(HOLDER).oid
 
-    def _committed(self, tid: str, note: str, user: str) -> None:
+    async def _committed(self, tid: str, note: str, user: str) -> None:
         self.commits.append((tid, note, user))
 
     async def close(self) -> None:

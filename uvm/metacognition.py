@@ -156,16 +156,12 @@ class MetacognitionLog:
         Raises:
             OSError: the line could not be written.
         """
-        await asyncio.shield(self.post(event, **fields))
-
-    def post(self, event: str, **fields: Any) -> asyncio.Future[None]:
-        """Queues one record behind those before it; the future is done when it is on disk, as `record` is."""
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        written.add_done_callback(lambda done: done.exception())  # nobody need wait for it
+        written.add_done_callback(lambda done: done.exception())  # seen, also where who waited was cancelled
         self._waiting.append(_Waiting(dt.datetime.now(dt.UTC), event, fields, written))
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write())
-        return written
+        await asyncio.shield(written)
 
     async def _write(self) -> None:
         """Writes whatever waits, all that came meanwhile at once, until nothing does."""

@@ -55,7 +55,7 @@ from uvm.pressure import started
 CONFLICT_RETRIES = 5
 
 T = TypeVar("T")
-OnCommit = Callable[[str, str, str], object]
+OnCommit = Callable[[str, str, str], Awaitable[None]]
 
 
 async def blocking(work: Callable[[], T], thread: Executor | None = None) -> T:
@@ -354,7 +354,7 @@ class LivingImage:
             await blocking(lambda: self._commit_now(manager, txn), self._committer)
         finally:
             if txn.tid and self._on_commit is not None:
-                self._on_commit(txn.tid, note, user)
+                await self._on_commit(txn.tid, note, user)
 
     def _commit_now(self, manager: TransactionManager, txn: Txn) -> None:
         """Commits, in the one thread that does; so the newest transaction afterwards is this one."""
