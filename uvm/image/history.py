@@ -69,16 +69,12 @@ def install(txn: Txn, target: UvmObject, method: UvmMethod) -> None:
 
 def told(method: UvmMethod) -> dict[str, Any]:
     """Returns a method's current version as plain data, with its number, the oldest being 1."""
-    return {**method.record(), "version": len(method.versions) + 1, "transaction_id": method.transaction_id}
+    return {**method.record(), "version": method.version, "transaction_id": method.transaction_id}
 
 
 def versions(method: UvmMethod) -> list[dict[str, Any]]:
     """Returns all versions, the oldest first: as `told`, with who, when, why, and what differs."""
-    earlier = [
-        {"transaction_id": "", **record, "version": number}
-        for number, record in enumerate(method.versions, 1)
-    ]
-    rows = [{**row, **_origin(row["provenance"])} for row in (*earlier, told(method))]
+    rows = [{**row, **_origin(row["provenance"])} for row in method.lineage()]
     diffs = ["", *(diff(one, other) for one, other in pairwise(rows))]
     return [{**row, "diff": text} for row, text in zip(rows, diffs, strict=True)]
 
@@ -121,16 +117,16 @@ def earlier(target: UvmObject, selector: str, version: int | None) -> tuple[int,
         MethodNotFound: there is no such method or no such version.
     """
     method = own_method(target, selector)
-    current = len(method.versions) + 1
+    current = method.version
     wanted = current - 1 if version is None else version
     if not 1 <= wanted < current:
         name = f"{target.label}.{selector}"
         reason = f"{name} is at version {current} already" if wanted == current else None
         reason = reason or (f"{name} has {current} versions" if version else f"{name} has no earlier version")
         raise MethodNotFound(reason, target=target.label, selector=selector, versions=current)
-    record = dict(method.versions[wanted - 1])
-    for name in ("sha256", "transaction_id"):
-        record.pop(name, None)
+    record = method.lineage()[wanted - 1]
+    for name in ("sha256", "transaction_id", "version"):
+        del record[name]
     return wanted, UvmMethod(**record)
 
 
@@ -144,7 +140,7 @@ def revert(txn: Txn, target: UvmObject, selector: str, version: int | None, user
     wanted, again = earlier(target, selector, version)
     again.provenance = {
         **again.provenance,
-        "reverted_from": len(own_method(target, selector).versions) + 1,
+        "reverted_from": own_method(target, selector).version,
         "reverted_to": wanted,
         "reverted_by": user,
         "reverted": time.time(),

@@ -22,7 +22,9 @@ from uvm.image.shapes import Shape, a, names, tuple_of
 
 
 class UvmMethod(Persistent):
-    """A method as it is stored: its source, what was asked, and every version before it.
+    """A method as it is stored: its source, what was asked, and the version before it.
+
+    Each version is a record of its own, never changed and never loaded for a call of a later one.
 
     Attributes:
         selector: the message that it answers.
@@ -32,20 +34,15 @@ class UvmMethod(Persistent):
         doc: first paragraph of the docstring.
         provenance: plain dict: who asked, which model, prompt, memories, trials, transaction note.
         trials: plain list of `{args, kwargs, returns | raises, origin}` that this version has passed.
-        versions: earlier versions, oldest first, as plain dicts of the attributes above and the id of the
-            transaction that installed each.
+        number: of this version; the oldest is 1.
+        previous: the version that it replaced, or None.
+        versions: earlier versions as plain dicts, the oldest first, where an older kernel replaced them.
     """
 
-    _shape: ClassVar[Shape] = {
-        "selector": a(str),
-        "parameters": tuple_of(str),
-        "source": a(str),
-        "sha256": a(str),
-        "doc": a(str),
-        "provenance": names,
-        "trials": a(list),
-        "versions": tuple_of(dict),
-    }
+    _shape: ClassVar[Shape]
+    number: int = 0  # an older kernel wrote none: it is told by `versions`
+    previous: UvmMethod | None = None
+    versions: tuple[dict[str, Any], ...] = ()
 
     def __init__(
         self,
@@ -55,7 +52,6 @@ class UvmMethod(Persistent):
         doc: str,
         provenance: dict[str, Any],
         trials: list[dict[str, Any]],
-        versions: tuple[dict[str, Any], ...] = (),
     ) -> None:
         self.selector = selector
         self.parameters = parameters
@@ -64,10 +60,10 @@ class UvmMethod(Persistent):
         self.doc = doc
         self.provenance = provenance
         self.trials = trials
-        self.versions = versions
+        self.number = 1
 
     def record(self) -> dict[str, Any]:
-        """Returns this version as plain data, as `versions` keeps it."""
+        """Returns this version as plain data."""
         return {
             "selector": self.selector,
             "parameters": self.parameters,
@@ -80,14 +76,47 @@ class UvmMethod(Persistent):
 
     def succeed(self, method: UvmMethod) -> UvmMethod:
         """Returns `method` with this version and its ancestors as its history."""
-        method.versions = (*self.versions, {**self.record(), "transaction_id": self.transaction_id})
+        method.previous, method.number = self, self.version + 1
         return method
+
+    @property
+    def version(self) -> int:
+        """The number of this version; the oldest is 1."""
+        return self.number or len(self.versions) + 1
+
+    def lineage(self) -> list[dict[str, Any]]:
+        """Returns all versions up to this one as plain data, the oldest first, each with its number."""
+        found: list[dict[str, Any]] = []
+        method: UvmMethod | None = self
+        while method is not None:
+            told = {**method.record(), "transaction_id": method.transaction_id, "version": method.version}
+            found.append(told)
+            older = list(enumerate(method.versions, 1))
+            found += [
+                {"transaction_id": "", **record, "version": number} for number, record in reversed(older)
+            ]
+            method = method.previous
+        return found[::-1]
 
     @property
     def transaction_id(self) -> str:
         """16-digit hex id of the transaction that installed this version; empty before it has committed."""
         self._p_activate()
         return self._p_serial.hex() if self._p_serial != z64 else ""
+
+
+UvmMethod._shape = {
+    "selector": a(str),
+    "parameters": tuple_of(str),
+    "source": a(str),
+    "sha256": a(str),
+    "doc": a(str),
+    "provenance": names,
+    "trials": a(list),
+    "number": a(int),
+    "previous": a(UvmMethod, NoneType),
+    "versions": tuple_of(dict),
+}
 
 
 class UvmObject(Persistent):
