@@ -156,6 +156,7 @@ class Kernel:
         for line in ensure_keys(settings.KEYS_DIR):
             say(line)
         await self._bridge.start()
+        closing.append(self._upkeep.close)  # after the missions: a pack can't be interrupted, and takes long
         closing.append(lambda: self._bridge.close(GRACE_S))
         closing.append(self._missions.close)
         self._start_heartbeat(closing)
@@ -163,7 +164,6 @@ class Kernel:
         await self._log.record("kernel", change="live", pid=os.getpid())
         resumed = 0 if settings.SAFE_MODE else await self._missions.resume()
         self._taken_up.set()
-        closing.append(self._upkeep.close)
         if not settings.SAFE_MODE:
             self._upkeep.start()
         endpoints = (settings.ZMQ_ENDPOINT, settings.ZMQ_EVENTS_ENDPOINT)

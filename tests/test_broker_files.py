@@ -15,13 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ZODB.FileStorage import FileStorage
 
 from evals.kernels import PROJECT
 from tests.broker import HOLDER, Call, Refused, World
 from uvm import messenger
 from uvm.awakening import CATALOG
 from uvm.broker import broker, files, folder
-from uvm.errors import FilesNotWritten, HandDied, InvalidField, MalformedMessage, SlotNotFound
+from uvm.errors import (
+    FilesNotWritten,
+    HandDied,
+    InvalidField,
+    MalformedMessage,
+    ShuttingDown,
+    SlotNotFound,
+)
 from uvm.grant_options import FilesOptions
 from uvm.hands.calls import Outcome, SlotChanges
 from uvm.image.image import Txn
@@ -695,6 +703,55 @@ async def test_a_folder_that_is_away_is_waited_for(tmp_path: Path) -> None:
         assert world.text("a") == "a"
     finally:
         await world.close()
+
+
+@pytest.mark.slow
+async def test_what_is_in_doubt_is_decided_by_the_next_start(tmp_path: Path) -> None:
+    """The image fails in its last step, with the transaction whole on the disk."""
+    world = World(tmp_path)
+    await world.start()
+    await world.grant_files()
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def unit(txn: Txn) -> None:
+        call = world.call(txn)
+        await call.files("write_text", "a", "a")
+        call.uses.keep()
+        txn.find(HOLDER).count = 1
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys.modules[FileStorage.__module__], "fsync", fail)
+        with pytest.raises(ShuttingDown, match="a look will tell"):
+            await world.image.attempt("in doubt", unit)
+    await world.close()
+    again = World(tmp_path)
+    await again.start()
+    try:
+        async with again.image.reading() as txn:
+            assert txn.find(HOLDER).count == 1
+        assert len(await again.broker.finish_moves()) == 1
+        assert again.text("a") == "a"
+    finally:
+        await again.close()
+
+
+async def test_an_entry_of_the_moves_log_that_can_not_be_read_is_kept(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves = world.home / "bat" / "moves"
+    moves.mkdir()
+    (moves / "00.json").write_text(json.dumps({"token": "00", "since": "0" * 16, "moves": []}))
+
+    def fail(_: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fail)
+        [line] = await world.broker.finish_moves()
+    assert "can't be read: Too many open files" in line
+    assert len(list(moves.iterdir())) == 1
 
 
 async def test_what_is_no_entry_of_the_moves_log_is_removed(world: World) -> None:

@@ -6,6 +6,7 @@ import datetime as dt
 import os
 import subprocess
 import sys
+import threading
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -31,7 +32,7 @@ from uvm.errors import (
     ObjectExists,
     ObjectNotFound,
 )
-from uvm.image import history, journal
+from uvm.image import history, journal, storage
 from uvm.image.image import LivingImage, Txn
 from uvm.image.prototypes import UvmMethod, UvmObject
 
@@ -322,3 +323,27 @@ class TestOpening:
         assert "uvm.image.prototypes.UvmObject" in dump
         assert "uvm.image.prototypes.UvmMethod" in dump
         assert "a note to find" in dump
+
+
+async def test_a_commit_stands_where_no_thread_is_to_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index is saved by a thread, after the commit."""
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    image = LivingImage(str(tmp_path / "image.fs"), tmp_path / "blobs")
+    image.open()
+    monkeypatch.setattr(storage, "MIN_STEP", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        for number in range(3):
+            async with image.transaction("grow") as txn:
+                txn.create(f"thing_{number}", (), {"ballast": "x" * 1000})
+            assert txn.tid
+    image.close()
+    image.open()
+    with image.view() as txn:
+        assert len(txn.names) == 3
+    image.close()

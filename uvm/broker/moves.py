@@ -84,7 +84,11 @@ class MovesLog:
             self._path(token).unlink()
 
     def entries(self) -> list[Entry]:
-        """Returns the entries, in the order of their tokens; half-written ones do not count."""
+        """Returns the entries, in the order of their tokens; half-written ones do not count.
+
+        Raises:
+            OSError: one can't be read.
+        """
         return [entry for path in sorted(self._place.glob("*")) if (entry := _read(path))]
 
     def finish(self, committed: Callable[[Entry], bool]) -> list[str]:
@@ -97,10 +101,15 @@ class MovesLog:
             One line for each file that was put in its place, or could not be.
         """
         lines = []
-        for path in self._place.glob("*"):
-            if _read(path) is None:  # cut short before its commit, which would have waited for it
+        for path in sorted(self._place.glob("*")):
+            try:
+                entry = _read(path)
+            except OSError as error:  # it may be whole
+                lines.append(f"{path} can't be read: {error.strerror or error}; the next start tries again")
+                continue
+            if entry is None:  # cut short before its commit, which would have waited for it
                 path.unlink()
-        for entry in self.entries():
+                continue
             left = False
             for move in entry.moves if committed(entry) else ():
                 try:
@@ -121,12 +130,16 @@ class MovesLog:
 
 
 def _read(path: Path) -> Entry | None:
-    """Returns the entry in a file, or None where there is none."""
+    """Returns the entry in a file, or None where there is none; raises OSError where it can't be read."""
     try:
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+    except FileNotFoundError:  # done meanwhile
+        return None
+    try:
+        told: dict[str, Any] = json.loads(content)
         moves = tuple(_move(**move) for move in told["moves"])
         entry = Entry(str(told["token"]), str(told["since"]), moves)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):  # a path that leads out of its folder is an OSError
         return None
     return entry if path.name == f"{entry.token}{_SUFFIX}" else None
 
@@ -145,6 +158,8 @@ def _carry_out(move: Move) -> list[str]:
         made = move.temporary is None or folder.found(root, (move.temporary,)) is not None
         now = folder.found(parent, move.parts)
         current = MISSING if now is None else folder.signature(now)
+        if not made and current == move.target:
+            return [f"{_told(move)} is as it was before its commit: its new content is not there any more"]
         if not made or (move.temporary is None and now is None):
             return []  # done before the power went
         if current != move.target:

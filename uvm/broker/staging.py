@@ -92,6 +92,7 @@ class StagedFiles:
         self._log = log
         self._since = since
         self._ready: list[_Ready] = []
+        self._voted = False
         self._held = ExitStack()  # the descriptors between voting and the end
 
     # The contract of a resource manager
@@ -125,6 +126,7 @@ class StagedFiles:
             self._log.write(Entry(self.token, self._since, tuple(ready.move() for ready in self._ready)))
         except OSError as error:
             raise _not_written(change, error, committed=False) from error
+        self._voted = True
 
     def tpc_finish(self, _: Any) -> None:
         """Makes everything visible.
@@ -145,12 +147,14 @@ class StagedFiles:
         self._log.forget(self.token)
 
     def tpc_abort(self, _: Any) -> None:
-        """Removes whatever was written."""
-        for ready in self._ready:
+        """Removes whatever was written.
+
+        Once it has voted, only an image that failed in its last step leads here: whether that committed, the
+        next start finds out, and does with the files what it finds.
+        """
+        for ready in () if self._voted else self._ready:
             if ready.temporary is not None:
                 _discard(ready.temporary, ready.root)
-        if self._ready:
-            self._log.forget(self.token)
         self._ready.clear()
         self._held.close()
 

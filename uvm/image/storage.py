@@ -67,6 +67,7 @@ class ImageStorage(SteadyFileStorage):
         self._found: Index | None = None
         self._snapshots = 0
         self._written = 0
+        self._finishing = False  # a commit is in its last step
         self._saved_to: tuple[int, bytes | None] = (0, None)
         self._writing = threading.Lock()
         self._saver: threading.Thread | None = None
@@ -96,18 +97,26 @@ class ImageStorage(SteadyFileStorage):
 
     def tpc_finish(self, transaction: Any, f: Any = None) -> bytes:
         """Finishes a commit; now and then has the index saved, beside the work."""
-        tid: bytes = super().tpc_finish(transaction, f)
+        self._finishing = True
+        try:
+            tid: bytes = super().tpc_finish(transaction, f)
+        finally:
+            self._finishing = False
         self._save_if_behind()
         return tid
 
     def _save_if_behind(self) -> None:
+        """Has the index saved where it is far behind; whatever keeps it from that, the commit stands."""
         step = max(MIN_STEP, 2 * _BYTES_OF_AN_ENTRY * len(self._index))
-        if self._pos - self._saved_to[0] >= step and (self._saver is None or not self._saver.is_alive()):
-            self._saver = threading.Thread(target=self._save_quietly, name="save-index")
-            self._saver.start()
+        if self._pos - self._saved_to[0] < step or (self._saver is not None and self._saver.is_alive()):
+            return
+        saver = threading.Thread(target=self._save_quietly, name="save-index")
+        with suppress(RuntimeError, MemoryError):  # no thread is to be had: the next commit tries again
+            saver.start()
+            self._saver = saver
 
     def _save_quietly(self) -> None:
-        with suppress(OSError):  # a full disk: the index is only there to spare time
+        with suppress(OSError, MemoryError):  # the index is only there to spare time
             self._save_index()
 
     def _save_index(self) -> None:
@@ -126,10 +135,15 @@ class ImageStorage(SteadyFileStorage):
                 self._saved += 1  # FileStorage counts
 
     def close(self) -> None:
-        """Closes the file; its index is saved while the lock is still held."""
-        if self._saver is not None:
-            self._saver.join()
-        self._save_quietly()
+        """Closes the file; its index is saved while the file's lock is still held.
+
+        ZODB closes it too where a commit fails in its last step: then somebody holds `_lock`, which the
+        saving of the index needs, and the index stays as it is.
+        """
+        if not self._finishing:
+            if self._saver is not None:
+                self._saver.join()
+            self._save_quietly()
         super().close()
 
 
