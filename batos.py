@@ -58,6 +58,7 @@ CODEX = PROJECT / "codex"
 CODE = ("uvm", "terminal", "codex", "evals", "bench", "tests", "docs", ".git", ".venv")
 EXIT_CANNOT_START = 2
 EXIT_IMAGE_CLOSED = 3  # a new start is needed, and helps
+EXIT_TRY_LATER = 75  # the system has run out of something: sysexits.h calls it EX_TEMPFAIL
 EXIT_INTERRUPTED = 130
 THREADS = 8  # for the log, the past and the like; all started with the kernel
 GRACE_S = 3.0
@@ -75,7 +76,7 @@ class Kernel:
 
     Args:
         lifeline: leads to its watchdog, if it has one.
-        on_stop: called once it has been told to stop, before anything is closed.
+        on_stop: called once, when it is told to stop.
     """
 
     def __init__(
@@ -108,7 +109,6 @@ class Kernel:
             closing.append(warming.cancel)
             await self._stop.wait()
             say("Shutting down...")
-            self._on_stop()
         finally:
             for close in reversed(closing):
                 closed = close()
@@ -117,7 +117,9 @@ class Kernel:
 
     def stop(self) -> None:
         """Asks the kernel to stop; safe to call from a signal handler of the loop."""
-        self._stop.set()
+        if not self._stop.is_set():
+            self._stop.set()
+            self._on_stop()
 
     async def _start(self, closing: list[Callable[[], Any]]) -> None:
         """Starts organ after organ; `closing` receives what ends each, for whoever unwinds."""
@@ -186,7 +188,7 @@ class Kernel:
         if self._lifeline is None:
             return
         heartbeat = Heartbeat(self._bridge.address, self._settings.KEYS_DIR, self._lifeline.tell)
-        closing.append(heartbeat.close)
+        closing.append(lambda: heartbeat.close(leaving=self.exit_status == 0))
         self._bridge.admit(heartbeat.public_key)
         heartbeat.start()
 
@@ -393,7 +395,9 @@ async def serve(settings: Settings) -> int:
         HomeError: it can't start with what it found; the text says what to do.
     """
     lifeline = Lifeline.inherited()
-    kernel = Kernel(settings, lifeline, lambda: process.end_within(SHUTDOWN_S, say))
+    kernel = Kernel(
+        settings, lifeline, lambda: process.end_within(SHUTDOWN_S, say, lambda: kernel.exit_status)
+    )
     process.heed_signals(kernel.stop, say)
     if lifeline is not None:
         lifeline.watch(kernel.stop)
@@ -417,8 +421,9 @@ def main() -> int:
         reason = error if isinstance(error, HomeError) else exhausted(error)
         if reason is None:
             raise
-        print(f"[UVM] can't start: {_told(reason)}", file=sys.stderr, flush=True)
-        return EXIT_CANNOT_START
+        with suppress(OSError):
+            print(f"[UVM] can't start: {_told(reason)}", file=sys.stderr, flush=True)
+        return EXIT_TRY_LATER if isinstance(reason, ResourceExhausted) else EXIT_CANNOT_START
     except KeyboardInterrupt:  # before there was anything to stop
         return EXIT_INTERRUPTED
 

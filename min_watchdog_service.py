@@ -47,6 +47,8 @@ LEAVING = b"q"  # in place of a heartbeat: the kernel was told to shut down
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows ends a process by either
 EXIT_SHUT_DOWN = 0
 EXIT_CANNOT_START = 2  # wrong settings, a missing model, a locked image: trying again changes nothing
+EXIT_TRY_LATER = 75  # a full disk and the like, which pass: no crash, and never a reason to give up
+TRY_LATER_S = 30.0
 
 
 class State(StrEnum):
@@ -91,6 +93,7 @@ class Watchdog:
     failures: int = 0  # starts in a row that did not last; in safe mode never below FAST_CRASHES
     pid: int | None = None
     heart: socket.socket | None = None  # where heartbeats come in; none on Windows
+    pause: float = 0.0  # before the next start, where it is not that after a crash
     rotate_at: float = 0.0
 
     @property
@@ -181,6 +184,9 @@ class Watchdog:
             self.move(State.STOPPED, "the kernel was shut down")
         elif status == EXIT_CANNOT_START:
             self.move(State.FATAL, f"the kernel can't start: {self.last_line()}")
+        elif status == EXIT_TRY_LATER:
+            self.pause = TRY_LATER_S
+            self.move(State.BACKOFF, f"the kernel can't start yet: {self.last_line()}")
         else:
             self.crashed(f"the kernel crashed (exit status {status})", time.monotonic() - self.started)
 
@@ -212,8 +218,8 @@ class Watchdog:
                 "./puter.sh kernel (again)",
             )
             return
-        pause = self.backoff * 2 ** min(max(self.failures - 1, 0), 30) * random.uniform(0.8, 1.2)
-        pause = min(pause, BACKOFF_MAX_S)
+        pause = self.pause or self.backoff * 2 ** min(max(self.failures - 1, 0), 30)
+        pause, self.pause = min(pause * random.uniform(0.8, 1.2), BACKOFF_MAX_S), 0.0
         deadline = time.monotonic() + pause
         while time.monotonic() < deadline and not self.stop_asked:
             time.sleep(POLL_S)
@@ -308,7 +314,7 @@ class Watchdog:
     def rotate_logs(self) -> None:
         """Keeps each log below its size; what can't be done now, on a full disk say, is tried again."""
         for path in (self.run_dir / name for name in ROTATED):
-            with suppress(OSError):
+            try:
                 if path.stat().st_size <= self.log_mib * (1 << 20):
                     continue
                 if path.name == "kernel.log":
@@ -317,6 +323,10 @@ class Watchdog:
                 else:
                     with path.open("rb") as log:
                         rotate(log)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                self.rotate_at = time.monotonic() + TRY_LATER_S
 
     def last_line(self) -> str:
         self.log.seek(self.log_start)

@@ -260,7 +260,10 @@ command_stop() {
         say "Nothing runs in $BATOS_HOME."
         return
     fi
-    kill -TERM "$pid"
+    case $pid in
+        '' | *[!0-9]*) die "run/watchdog.pid names no process; end the watchdog by hand, or with: ./puter.sh client -c /shutdown" ;;
+    esac
+    kill -TERM "$pid" 2>/dev/null || true  # it may have ended in this moment
     while watchdog_pid >/dev/null; do sleep 0.1; done
     say "Stopped."
 }

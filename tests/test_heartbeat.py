@@ -429,7 +429,7 @@ async def test_a_bare_kernel_ends_in_good_order_in_the_middle_of_a_generation(
     assert process.log.count("Ctrl-C again") == (number is signal.SIGINT)
     assert "Not everything ended" not in process.log
     assert "Traceback" not in process.log
-    assert await open_missions(process) == [("running", 1)]
+    assert await open_missions(process) == [("queued", 1)]
 
 
 @pytest.mark.slow
@@ -607,7 +607,7 @@ async def test_a_long_generation_is_no_hang_and_a_stop_in_it_is_orderly(tmp_path
         assert kept.moves[-1]["why"] == "the kernel ended (exit status 0)"
         assert [move["to"] for move in kept.moves] == ["STARTING", "RUNNING", "STOPPING", "STOPPED"]
         assert "Not everything ended" not in kept.log
-        assert await open_missions(kept.kernel) == [("running", 1)]
+        assert await open_missions(kept.kernel) == [("queued", 1)]
     finally:
         watchdog.kill()
         watchdog.wait()

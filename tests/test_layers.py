@@ -15,8 +15,6 @@ LAYERS = [
     {"uvm.parser", "uvm.prompts", "uvm.messenger"},
     {"uvm.trials"},
     {"uvm.cycle", "uvm.replays", "uvm.undoing"},
-    {"uvm.psm"},
-    {"uvm.cycle"},
     {"uvm.psm", "uvm.outcomes"},
     {"uvm.missions", "uvm.objects", "uvm.awakening"},
     {"uvm.granting", "uvm.versions"},
@@ -26,6 +24,7 @@ LAYERS = [
     {"uvm.bridge"},
 ]
 ORGANS = {organ: level for level, organs in enumerate(LAYERS) for organ in organs}
+assert len(ORGANS) == sum(map(len, LAYERS)), "a module stands in two layers"
 # What clients use stays free of the kernel's organs.
 CLIENT_SIDE = {"uvm.client": {"uvm.errors", "uvm.messages", "uvm.codec", "uvm.handshakes", "uvm.keyfiles"}}
 CLIENT_SIDE["uvm.parser"] = CLIENT_SIDE["uvm.client"] | {"uvm.capabilities", "uvm.mind"}

@@ -421,6 +421,46 @@ def test_a_kernel_that_cannot_start_is_not_tried_again(service: Service) -> None
 
 
 @pytest.mark.slow
+def test_a_kernel_that_lacks_something_is_tried_again_and_never_given_up(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = f"""
+        import pathlib, sys
+        starts = pathlib.Path(__file__).with_name("starts")
+        number = len(starts.read_text()) if starts.exists() else 0
+        starts.write_text("x" * (number + 1))
+        if number < 8:
+            print("[UVM] can't start: the disk is full")
+            sys.exit(75)
+        {LIVES}
+    """
+    source = SERVICE.read_text("utf-8").replace("TRY_LATER_S = 30.0", "TRY_LATER_S = 0.05")
+    assert "TRY_LATER_S = 0.05" in source
+    impatient = service.home / "impatient_watchdog.py"
+    impatient.write_text(source, "utf-8")
+    monkeypatch.setattr("tests.test_watchdog.SERVICE", impatient)
+    process = service.start(kernel, retries="0")
+    wait_until(lambda: "live" in service.log() or process.poll() is not None)
+    process.terminate()
+    status, output = finish(process)
+    assert status == 0
+    assert (
+        output.count("BACKOFF: the kernel can't start yet: [UVM] can't start: the disk is") == 8
+    )
+    assert "safe mode" not in output
+
+
+@pytest.mark.slow
+def test_an_end_that_hangs_keeps_its_exit_status() -> None:
+    code = (
+        "import threading, time\nfrom uvm import process\n"
+        "process.end_within(0.1, print, lambda: 3)\ntime.sleep(600)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=SERVICE.parent, capture_output=True, timeout=60)
+    assert done.returncode == 3
+
+
+@pytest.mark.slow
 def test_a_home_has_one_watchdog(service: Service) -> None:
     assert service.running_pid() == ""
     process = service.start(LIVES)

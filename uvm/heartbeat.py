@@ -20,7 +20,7 @@ import zmq.asyncio
 
 from uvm.errors import ConfigError
 from uvm.keyfiles import read_public
-from uvm.messages import pack_request
+from uvm.messages import pack_request, unpack
 
 VARIABLE = "BATOS_WATCHDOG_FD"
 INTERVAL_S = 1.0
@@ -89,7 +89,7 @@ class Heartbeat:
     Args:
         endpoint: where the kernel listens for commands, as a client on this machine reaches it.
         keys_dir: where the kernel's public key lies.
-        tell: called with `BEAT` for each answer, and with `LEAVING` when it is closed.
+        tell: called with `BEAT` for each answer, and with `LEAVING` when the kernel ends for good.
 
     Attributes:
         public_key: to be admitted, in Z85; made for this kernel's life and written nowhere.
@@ -114,9 +114,14 @@ class Heartbeat:
         self._socket.connect(self._endpoint)
         self._task = asyncio.create_task(self._beat())
 
-    async def close(self) -> None:
-        """Tells the watchdog that no further beat comes because the kernel ends."""
-        self._tell(LEAVING)
+    async def close(self, *, leaving: bool = True) -> None:
+        """Ends the beats.
+
+        Args:
+            leaving: whether the watchdog is to know that the kernel was told to end, and is not to come back.
+        """
+        if leaving:
+            self._tell(LEAVING)
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -124,9 +129,10 @@ class Heartbeat:
 
     async def _beat(self) -> None:
         for number in itertools.count(1):
-            with contextlib.suppress(TimeoutError, zmq.ZMQError):
+            with contextlib.suppress(Exception):  # no memory, say: the next one may do
                 async with asyncio.timeout(PATIENCE_S):
                     await self._socket.send(pack_request(str(number), "ping", {}))
-                    await self._socket.recv()  # whatever it says: the bridge answers
+                    while unpack(await self._socket.recv())["id"] != str(number):
+                        pass  # the late answer to an earlier one
                     self._tell(BEAT)
             await asyncio.sleep(INTERVAL_S)

@@ -19,7 +19,8 @@ MAX_DESCRIPTORS = 65_536
 def heed_signals(stop: Callable[[], None], say: Callable[[str], None]) -> None:
     """Has SIGINT, SIGTERM and SIGHUP (a closed terminal) call `stop` on the running loop.
 
-    A second SIGINT ends the process at once, also while its loop is blocked.
+    A second SIGINT ends the process at once, also where its loop is blocked by then; a loop that was blocked
+    already at the first hears of neither before it goes on.
     """
     loop = asyncio.get_running_loop()
     if sys.platform == "win32":
@@ -39,13 +40,17 @@ def heed_signals(stop: Callable[[], None], say: Callable[[str], None]) -> None:
         loop.add_signal_handler(signal.SIGHUP, stop)
 
 
-def end_within(seconds: float, say: Callable[[str], None]) -> None:
-    """Ends the process after so long, whatever still runs in a thread; what was committed is safe."""
+def end_within(seconds: float, say: Callable[[str], None], status: Callable[[], int]) -> None:
+    """Ends the process after so long, whatever still runs in a thread; what was committed is safe.
+
+    Args:
+        status: asked then for the exit status.
+    """
 
     def end() -> None:
         say(f"Not everything ended within {seconds:g} s; the kernel ends without it. Its threads:")
         faulthandler.dump_traceback()
-        os._exit(0)
+        os._exit(status())
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
