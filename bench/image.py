@@ -1,15 +1,14 @@
 """`python -m bench image`: what the living image costs beside bare ZODB, and what its size costs.
 
 Commits per second over the wire beside bare ZODB commits; time until live and memory of kernels whose images
-hold 1,000 to 1,000,000 objects, beside the smallest; backup and restore beside a plain copy. Kernels and raw
-limits run alternately, on the same machine. Takes about ten minutes, most of them to make the large image.
+hold 1,000 to 1,000,000 objects, beside the smallest; backup and restore, which read every object to verify
+it, beside ZODB's bare `repozo`. Takes about ten minutes, most of them to make the large image.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ STARTS = 3
 PAGE = 1000
 COPIED = 100_000  # objects of the image that is backed up
 IMAGE = "live_image.fs"
+REPOZO = "ZODB.scripts.repozo"
 
 
 async def run() -> list[Figure]:
@@ -49,7 +49,14 @@ async def run() -> list[Figure]:
 def _python(*arguments: str, **environment: str) -> None:
     """Runs Python in a process of its own, whose memory is not the bench's."""
     command = [sys.executable, *arguments]
-    subprocess.run(command, cwd=PROJECT, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command,
+        cwd=PROJECT,
+        env=os.environ | environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 async def _commits(home: Path) -> list[Figure]:
@@ -132,21 +139,21 @@ def _resident_mib(pid: int) -> float:
 
 
 def _copies(home: Path) -> list[Figure]:
-    """Measures a full backup and a restore, each with its verification, beside a copy of the same file."""
-    place = home / f"{COPIED}"
+    """Measures a full backup and a restore, each with its verification, beside those of bare repozo."""
+    place, repository = home / f"{COPIED}", home / "repozo"
+    repository.mkdir()
     image = place / IMAGE
     mib = image.stat().st_size / (1 << 20)
-    raw = mib / _seconds(lambda: _copy(image, home / "copy.fs"))
+    bare = (REPOZO, "-r", str(repository))
+    raw = mib / _seconds(lambda: _python("-m", *bare, "-B", "-F", "-f", str(image)))
+    raw_back = mib / _seconds(lambda: _python("-m", *bare, "-R", "-o", str(home / "back.fs")))
     backup = mib / _seconds(lambda: _python("upkeep.py", "backup", BATOS_HOME=str(place)))
     restore = mib / _seconds(lambda: _python("upkeep.py", "restore", BATOS_HOME=str(place)))
     told = f"of {COPIED:,} objects, verified"
-    return [beside(f"backup {told}", backup, "MiB/s", raw), beside(f"restore {told}", restore, "MiB/s", raw)]
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
+    return [
+        beside(f"backup {told}", backup, "MiB/s", raw),
+        beside(f"restore {told}", restore, "MiB/s", raw_back),
+    ]
 
 
 def _seconds(work: Callable[[], None]) -> float:

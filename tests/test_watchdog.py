@@ -444,9 +444,7 @@ def test_a_kernel_that_lacks_something_is_tried_again_and_never_given_up(
     process.terminate()
     status, output = finish(process)
     assert status == 0
-    assert (
-        output.count("BACKOFF: the kernel can't start yet: [UVM] can't start: the disk is") == 8
-    )
+    assert output.count("BACKOFF: the kernel can't start yet: [UVM] can't start: the disk is") == 8
     assert "safe mode" not in output
 
 
