@@ -48,15 +48,9 @@ async def run() -> list[Figure]:
 
 def _python(*arguments: str, **environment: str) -> None:
     """Runs Python in a process of its own, whose memory is not the bench's."""
-    command = [sys.executable, *arguments]
-    subprocess.run(
-        command,
-        cwd=PROJECT,
-        env=os.environ | environment,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command, quiet = [sys.executable, *arguments], subprocess.DEVNULL
+    everything = os.environ | environment
+    subprocess.run(command, cwd=PROJECT, env=everything, check=True, stdout=quiet, stderr=quiet)
 
 
 async def _commits(home: Path) -> list[Figure]:
