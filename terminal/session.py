@@ -19,6 +19,7 @@ from uvm.states import FINAL
 TOPICS = ("transition", "token", "finding")
 DESTROYING = {"shutdown", "revert_method", "undo", "delete_slot", "cancel_mission"}
 PAGE = 1000  # objects asked for at once
+FOLLOWED_S = 5.0  # how long the first command that may set off a cycle waits until cycles can be followed
 SIGN_OF_LIFE_S = 5.0  # how often, and for how long, a kernel that takes its time is asked whether it lives
 
 
@@ -27,7 +28,9 @@ class Connection(Protocol):
 
     async def request(self, command: str, *, timeout_s: float | None = None, **fields: Any) -> Any: ...
 
-    def events(self, *topics: str) -> AsyncIterator[dict[str, Any]]: ...
+    def events(
+        self, *topics: str, on_subscribed: Callable[[], None] | None = None
+    ) -> AsyncIterator[dict[str, Any]]: ...
 
 
 Read = Callable[[str, Context], Awaitable[Reading]]
@@ -60,6 +63,7 @@ class Session:
         self._display = display
         self._confirm = confirm
         self._cycles = _Cycles(CycleView(display))
+        self._followed = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Session:
@@ -135,6 +139,8 @@ class Session:
 
     async def _send(self, name: str, fields: dict[str, Any]) -> Any:
         """Sends the command that the user asked for, while its cycles are shown."""
+        if self._display.live and _may_learn(fields):
+            await self._until_followed()
         self._cycles.begin(fields)
         try:
             return await self._request(name, fields)
@@ -175,12 +181,21 @@ class Session:
             with contextlib.suppress(BatosError):
                 await self._kernel.request("cancel_mission", mission_id=mission_id, timeout_s=SIGN_OF_LIFE_S)
 
+    async def _until_followed(self) -> None:
+        """Waits until the kernel has taken the subscription to events, or it is clear that it does not."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FOLLOWED_S):
+                await self._followed.wait()
+        self._followed.set()  # what took too long once holds up no other command
+
     async def _follow(self) -> None:
         try:
-            async for event in self._kernel.events(*TOPICS):
+            async for event in self._kernel.events(*TOPICS, on_subscribed=self._followed.set):
                 self._cycles.take(event)
         except BatosError as error:  # commands are answered all the same
             self._display.note(f"cycles can't be followed: {error}")
+        finally:
+            self._followed.set()
 
 
 class _Cycles:
@@ -200,7 +215,7 @@ class _Cycles:
         """A request starts: its fields say which selector a mission of its own has."""
         brief = fields.get("mission_brief")
         self._selector = brief["selector"] if brief else None
-        self._listening = brief is not None or "selector" in fields
+        self._listening = _may_learn(fields)
         self.open.clear()
 
     def end(self) -> None:
@@ -219,6 +234,11 @@ class _Cycles:
             self._view.show(event)
         if event.get("state") in FINAL and event["event"] == "transition":
             self.open.discard(mission)
+
+
+def _may_learn(fields: dict[str, Any]) -> bool:
+    """Returns whether a request with these fields may set off a cycle."""
+    return "mission_brief" in fields or "selector" in fields
 
 
 def spell(command: dict[str, Any]) -> str:

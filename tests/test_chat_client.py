@@ -3,12 +3,16 @@
 The kernel's personas and the client's own model recite scripts; `test_parser_model.py` has the real model.
 """
 
+import contextlib
 import json
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -341,6 +345,54 @@ def test_a_cycle_is_followed_live_and_the_method_is_used(joined: dict[str, str])
     terminal.expect(pexpect.EOF)
     terminal.close()
     assert terminal.exitstatus == 0
+
+
+@contextlib.contextmanager
+def held_back(endpoint: str) -> Iterator[tuple[str, threading.Event]]:
+    """Gives an address that leads to `endpoint`, for one connection, once the event is set."""
+    go_on = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def relay() -> None:
+        with listener, contextlib.suppress(ConnectionError):
+            here, _ = listener.accept()
+            go_on.wait()
+            with here, socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2]))) as there:
+                across, data = {here: there, there: here}, b"anything"
+                while data:
+                    end = select.select(across, [], [])[0][0]
+                    data = end.recv(4096)
+                    across[end].sendall(data)
+
+    relaying = threading.Thread(target=relay)
+    relaying.start()
+    try:
+        yield f"tcp://127.0.0.1:{listener.getsockname()[1]}", go_on
+    finally:
+        go_on.set()
+        relaying.join()
+
+
+@pytest.mark.slow
+def test_a_command_waits_until_its_cycle_can_be_followed(joined: dict[str, str]) -> None:
+    with (
+        held_back(joined["BATOS_ZMQ_EVENTS_ENDPOINT"]) as (events, go_on),
+        contextlib.closing(open_terminal(joined, BATOS_ZMQ_EVENTS_ENDPOINT=events)) as terminal,
+    ):
+        terminal.sendline("Create a function to greet me by name.")
+        assert terminal.expect(["learned", pexpect.TIMEOUT], timeout=1) == 1
+        go_on.set()
+        terminal.expect("IDLE")
+        terminal.expect("learned")
+
+
+@pytest.mark.slow
+def test_without_events_commands_are_carried_out_all_the_same(joined: dict[str, str]) -> None:
+    terminal = open_terminal(joined, BATOS_ZMQ_EVENTS_ENDPOINT=free_endpoints(1)[0])
+    terminal.sendline("Create a function to greet me by name.")
+    terminal.expect("learned")
+    terminal.expect("BAT OS>")
+    terminal.close(force=True)
 
 
 @pytest.mark.slow

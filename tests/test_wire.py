@@ -8,6 +8,7 @@ import contextlib
 import os
 import socket as sockets
 import stat
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import zmq
 import zmq.asyncio
 import zmq.auth
 
-from evals.kernels import KernelProcess, free_endpoint
+from evals.kernels import PROJECT, KernelProcess, free_endpoint
 from tests.conftest import Start, scripted
 from uvm import admission, codec, handshakes, keys, publisher
 from uvm.admission import Admission, Share
@@ -260,6 +261,61 @@ async def test_events_end_with_the_connection(house: House, waits: bool) -> None
         await anext(kernel.events())
     with pytest.raises(KernelUnreachable, match="the connection was closed"):
         await kernel.request("ping")
+
+
+async def test_a_subscription_is_answered_when_it_is_taken(house: House) -> None:
+    bridge: Bridge = house.bridge  # type: ignore[attr-defined]
+    everything = house.client().events()
+    others = asyncio.ensure_future(anext(everything))
+    for number in range(20):
+        taken = asyncio.Event()
+        events = house.client().events("news", "token", on_subscribed=taken.set)
+        heard = asyncio.ensure_future(anext(events))
+        async with asyncio.timeout(PATIENCE_S):
+            await taken.wait()
+            bridge.publish("news", {"n": number})
+            assert (await heard)["n"] == number
+        await events.aclose()
+    async with asyncio.timeout(PATIENCE_S):
+        assert (await others)["event"] == "news"  # answers to others are not taken for events
+    await everything.aclose()
+
+
+CHURN = """
+import asyncio, sys
+from pathlib import Path
+from uvm.client import Kernel
+
+async def churn(endpoint, events, keys_dir):
+    for _ in range(100):
+        kernel = Kernel(endpoint, events, Path(keys_dir))
+        listeners = [asyncio.create_task(anext(kernel.events())) for _ in range(10)]
+        await asyncio.sleep(0)
+        for listener in listeners[::2]:
+            listener.cancel()
+        await asyncio.wait(listeners[::2])
+        await kernel.close()
+        await asyncio.gather(*listeners, return_exceptions=True)
+    print("closed")
+
+asyncio.run(churn(*sys.argv[1:]))
+"""
+
+
+async def test_a_client_that_leaves_during_its_handshakes_does_not_hang(house: House) -> None:
+    """In a process of its own: what hung was ZeroMQ's thread, and with it every end of the process."""
+    arguments = ["-c", CHURN, house.endpoint, house.events, str(house.keys_dir)]
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, *arguments, cwd=PROJECT, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(3 * PATIENCE_S):
+            told, _ = await child.communicate()
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    assert (told, child.returncode) == (b"closed\n", 0)
 
 
 # Keys that come and go while the kernel runs

@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+import secrets
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ import zmq.asyncio
 from uvm.errors import BatosError, KernelRefused, KernelUnreachable, from_wire
 from uvm.handshakes import Handshakes
 from uvm.keyfiles import exists, read_pair, read_public
-from uvm.messages import pack_request, unpack
+from uvm.messages import SUBSCRIBED, pack_request, unpack
 
 CONNECT_TIMEOUT_S = 3.0
 
@@ -55,7 +56,7 @@ class Kernel:
         self._reader: asyncio.Task[None] | None = None
         self._handshakes: Handshakes | None = None
         self._refusal: KernelRefused | None = None
-        self._listeners: set[asyncio.Future[Any]] = set()  # what ends each iteration over events
+        self._listeners: dict[asyncio.Future[Any], Handshakes] = {}  # what ends each iteration over events
 
     async def __aenter__(self) -> Self:
         """Connects and waits for an answer.
@@ -89,8 +90,9 @@ class Kernel:
             await self._handshakes.close()
             self._handshakes = None
         self._forsake(self._closed())
-        for listener in self._listeners:
+        for listener, handshakes in list(self._listeners.items()):
             _end(listener, self._closed())
+            await handshakes.close()
         self._context.destroy(linger=0)
 
     async def request(self, command: str, *, timeout_s: float | None = None, **fields: Any) -> Any:
@@ -169,8 +171,14 @@ class Kernel:
         )
         return result
 
-    async def events(self, *topics: str) -> AsyncGenerator[dict[str, Any], None]:
+    async def events(
+        self, *topics: str, on_subscribed: Callable[[], None] | None = None
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Yields the kernel's events, of these topics or of all, from the moment of subscription on.
+
+        Args:
+            on_subscribed: called once the kernel has taken the subscription: what happens from then on is
+                told. A kernel older than that answer never gives it.
 
         Raises:
             KernelRefused: the kernel does not let this client in.
@@ -184,19 +192,28 @@ class Kernel:
 
         socket = self._keyed(zmq.SUB)
         handshakes = Handshakes(socket, self._events_endpoint, self._keys_dir, judge)
-        self._listeners.add(ended)
+        self._listeners[ended] = handshakes
+        own = (SUBSCRIBED + secrets.token_hex(8)).encode()
         try:
             for topic in topics or ("",):
                 socket.subscribe(topic)
+            if on_subscribed is not None:
+                socket.subscribe(own)  # the last: when it is answered, the others are taken too
             socket.connect(self._events_endpoint)
             while not ended.done():
                 receiving: asyncio.Future[Any] = asyncio.ensure_future(socket.recv_multipart())
                 await asyncio.wait({receiving, ended}, return_when=asyncio.FIRST_COMPLETED)
-                if not ended.done():
-                    yield unpack(receiving.result()[1])
+                if ended.done():
+                    break
+                topic, payload = receiving.result()
+                if not topic.startswith(SUBSCRIBED.encode()):
+                    yield unpack(payload)
+                elif topic == own and on_subscribed is not None:
+                    socket.unsubscribe(own)
+                    on_subscribed()
             await ended
         finally:
-            self._listeners.discard(ended)
+            self._listeners.pop(ended, None)
             ended.cancel()
             await handshakes.close()
             socket.close(linger=0)

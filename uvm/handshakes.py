@@ -55,16 +55,18 @@ class Handshakes:
         self._ready = False
         self._connected_at = 0.0
         self._doubt: asyncio.TimerHandle | None = None
-        self._watch = asyncio.create_task(self._follow(socket.get_monitor_socket(_EVENTS)))
+        self._monitor = socket.get_monitor_socket(_EVENTS)
+        self._watch = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
-        """Stops watching."""
+        """Stops watching, which must come before the watched socket is closed; safe to call twice."""
         self._settle()
+        if not self._socket.closed:  # first: ZeroMQ's thread waits for ever to tell a monitor that has gone
+            self._socket.disable_monitor()
         self._watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._watch
-        if not self._socket.closed:
-            self._socket.disable_monitor()
+        self._monitor.close(linger=0)
 
     def silence(self) -> BatosError:
         """Returns what it means that no answer comes."""
@@ -82,12 +84,11 @@ class Handshakes:
             f"no answer from a kernel at {self._endpoint}; start one with ./puter.sh", **where
         )
 
-    async def _follow(self, monitor: zmq.asyncio.Socket) -> None:
-        with monitor:
-            while True:
-                head, _ = await monitor.recv_multipart()
-                event, _ = struct.unpack("=HI", head)
-                self._take(event)
+    async def _follow(self) -> None:
+        while True:
+            head, _ = await self._monitor.recv_multipart()
+            event, _ = struct.unpack("=HI", head)
+            self._take(event)
 
     def _take(self, event: int) -> None:
         now = asyncio.get_running_loop().time()

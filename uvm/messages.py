@@ -40,6 +40,7 @@ MAX_TEXT = 1_000_000  # characters of a text to remember
 MAX_EXAMPLES = 100
 MAX_DEADLINE_S = 30 * 86_400  # seconds that a mission may be given
 MAX_PAGE = 1000  # rows of one answer
+SUBSCRIBED = "~subscribed."  # begins a topic that is answered; sorts behind all events, as ZeroMQ subscribes
 
 
 def _identifier(name: str) -> str:

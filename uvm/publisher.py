@@ -13,7 +13,7 @@ import zmq.asyncio
 from uvm.errors import BatosError, HomeError
 from uvm.keys import AllowedClients
 from uvm.listening import received
-from uvm.messages import pack_event
+from uvm.messages import SUBSCRIBED, pack_event
 
 MAX_TOPICS = 256
 MAX_TOPIC_BYTES = 100
@@ -106,3 +106,13 @@ class Publisher:
                 self._any = self._any or len(self._topics) >= MAX_TOPICS
                 if not self._any:
                     self._topics.add(topic)
+                if topic.startswith(SUBSCRIBED.encode()):
+                    self._answer(topic)
+
+    def _answer(self, topic: bytes) -> None:
+        """Tells a subscriber, at a topic of its own, that its subscriptions up to this one are taken."""
+        assert self._socket is not None
+        try:
+            self._socket.send_multipart([topic, pack_event("subscribed", {})], zmq.NOBLOCK)
+        except BatosError as error:
+            self._report(error)
