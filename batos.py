@@ -134,7 +134,9 @@ class Kernel:
         await self._hands.start()  # before any key is read: a hand must not inherit one
         self._tell_of_hands()
         self._log = MetacognitionLog(
-            settings.METACOGNITION_LOG_FILE, max_mib=settings.METACOGNITION_LOG_MAX_MIB
+            settings.METACOGNITION_LOG_FILE,
+            max_mib=settings.METACOGNITION_LOG_MAX_MIB,
+            report=self._fault,
         )
         closing.append(self._log.close)
         self._image = LivingImage(

@@ -89,11 +89,14 @@ class Display:
         method = result.get("method")
         if method:
             signature = f"{method['selector']}({', '.join(method['parameters'])})"
-            figures = (
-                f"{result['attempts']} attempt{'s' * (result['attempts'] != 1)}, {result['seconds']:.1f} s"
-            )
-            self.out.print(Text.assemble(("learned ", "green"), (signature, "bold"), (f"  {figures}", "dim")))
-            self._source(method["source"])
+            figures = []
+            if "attempts" in result:
+                figures.append(f"{result['attempts']} attempt{'s' * (result['attempts'] != 1)}")
+            if "seconds" in result:
+                figures.append(f"{result['seconds']:.1f} s")
+            told = (f"  {', '.join(figures)}".rstrip(), "dim")
+            self.out.print(Text.assemble(("learned ", "green"), (signature, "bold"), told))
+            self._source(method.get("source", ""))  # a mission's record names the method, and no more
         else:
             self.out.print(f"mission {result['mission_id']}: {result['state']}")
         if "result" in result:
@@ -185,6 +188,8 @@ class Display:
 
     def _source(self, source: str) -> None:
         source = printable(source).strip("\n")
+        if not source:
+            return
         if self.live:
             self.out.print(Syntax(source, "python", background_color="default", word_wrap=True))
         else:

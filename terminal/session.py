@@ -139,13 +139,15 @@ class Session:
 
     async def _send(self, name: str, fields: dict[str, Any]) -> Any:
         """Sends the command that the user asked for, while its cycles are shown."""
-        if self._display.live and _may_learn(fields):
+        subject = _subject(name, fields)
+        if self._display.live and subject is not None:
             await self._until_followed()
-        self._cycles.begin(fields)
+        self._cycles.begin(subject, nested=name == "send_message")
         try:
             return await self._request(name, fields)
         except asyncio.CancelledError:
-            await self._cancel_missions(fields)
+            if subject is not None:
+                await self._cancel_missions(*subject)
             raise
         finally:
             self._cycles.end()
@@ -168,15 +170,18 @@ class Session:
         """Returns the kernel's process id."""
         return int((await self._kernel.request("ping", timeout_s=SIGN_OF_LIFE_S))["pid"])
 
-    async def _cancel_missions(self, fields: dict[str, Any]) -> None:
-        """Cancels what the interrupted request set off: the cycles seen, or else its own in the journal."""
-        missions = set(self._cycles.open)
-        selector = fields.get("mission_brief", fields).get("selector")
-        if not missions and selector is not None:
-            with contextlib.suppress(BatosError):
-                rows = await self._kernel.request("missions", timeout_s=SIGN_OF_LIFE_S)
-                pending = (row for row in rows if row["state"] in ("queued", "running"))
-                missions |= {row["mission_id"] for row in pending if row["brief"]["selector"] == selector}
+    async def _cancel_missions(self, target: str, selector: str) -> None:
+        """Cancels the mission that the interrupted request set off: as it was seen, or as the journal has it.
+
+        Missions of other targets or selectors go on: whose they are, nobody can tell.
+        """
+        try:
+            oid = (await self._kernel.request("inspect", target_oid=target, timeout_s=SIGN_OF_LIFE_S))["oid"]
+            missions = [mission for mission, about in self._cycles.open.items() if about == oid]
+            missions = missions or await self._open_missions(oid, selector)
+        except BatosError as error:
+            self._display.note(f"a mission that this began goes on ({error}); see /missions")
+            return
         for mission_id in missions:
             with contextlib.suppress(BatosError):
                 await self._kernel.request("cancel_mission", mission_id=mission_id, timeout_s=SIGN_OF_LIFE_S)
@@ -187,6 +192,14 @@ class Session:
             async with asyncio.timeout(FOLLOWED_S):
                 await self._followed.wait()
         self._followed.set()  # what took too long once holds up no other command
+
+    async def _open_missions(self, oid: str, selector: str) -> list[str]:
+        found = []
+        for state in ("queued", "running"):
+            fields = {"state": state, "limit": PAGE}
+            rows = await self._kernel.request("missions", timeout_s=SIGN_OF_LIFE_S, **fields)
+            found += [row for row in rows if (row["target"], row["brief"]["selector"]) == (oid, selector)]
+        return [row["mission_id"] for row in found]
 
     async def _follow(self) -> None:
         try:
@@ -201,21 +214,27 @@ class Session:
 class _Cycles:
     """The cycles that a request set off, as far as the events tell.
 
-    Events carry no sender: while a request is under way, a cycle that begins counts as its own, unless it is
-    known to be about another selector.
+    Events carry no sender: while a request is under way, a cycle about its selector counts as its own. A
+    method that is sent may miss others, so while it runs, other cycles are shown too, and no more than that.
+
+    Attributes:
+        open: missions about the request's selector -> oid of their target.
     """
 
     def __init__(self, view: CycleView) -> None:
         self._view = view
         self._selector: str | None = None
+        self._nested = False
         self._listening = False
-        self.open: set[str] = set()
+        self._shown: set[str] = set()
+        self.open: dict[str, str] = {}
 
-    def begin(self, fields: dict[str, Any]) -> None:
-        """A request starts: its fields say which selector a mission of its own has."""
-        brief = fields.get("mission_brief")
-        self._selector = brief["selector"] if brief else None
-        self._listening = _may_learn(fields)
+    def begin(self, subject: tuple[str, str] | None, *, nested: bool) -> None:
+        """A request starts, which may set off a mission about its subject and, if `nested`, others."""
+        self._selector = subject[1] if subject is not None else None
+        self._nested = nested
+        self._listening = subject is not None
+        self._shown.clear()
         self.open.clear()
 
     def end(self) -> None:
@@ -228,24 +247,34 @@ class _Cycles:
         mission = event.get("mission")
         if not self._listening or not isinstance(mission, str):
             return
-        if event["event"] == "transition" and self._selector in (None, event.get("selector")):
-            self.open.add(mission)
-        if mission in self.open:
+        is_transition = event["event"] == "transition"
+        is_own = is_transition and event.get("selector") == self._selector
+        if is_own:
+            self.open[mission] = event["target"]
+        if is_own or (is_transition and self._nested):
+            self._shown.add(mission)
+        if mission in self._shown:
             self._view.show(event)
-        if event.get("state") in FINAL and event["event"] == "transition":
-            self.open.discard(mission)
+        if is_transition and event.get("state") in FINAL:
+            self._shown.discard(mission)
+            self.open.pop(mission, None)
 
 
-def _may_learn(fields: dict[str, Any]) -> bool:
-    """Returns whether a request with these fields may set off a cycle."""
-    return "mission_brief" in fields or "selector" in fields
+def _subject(name: str, fields: dict[str, Any]) -> tuple[str, str] | None:
+    """Returns target and selector of the mission that a command may set off; None where it sets off none."""
+    if name == "send_message":
+        return fields["target_oid"], fields["selector"]
+    if name == "initiate_cognitive_cycle":
+        return fields["target_oid"], fields["mission_brief"]["selector"]
+    return None
 
 
 def spell(command: dict[str, Any]) -> str:
     """Returns a command as a person would type it, or close to it."""
     name, target = command["command"], command.get("target_oid", "")
     if name == "send_message":
-        return f"{target}.{command['selector']}({', '.join(map(repr, command['args']))})"
+        named = [f"{key}={value!r}" for key, value in command.get("kwargs", {}).items()]
+        return f"{target}.{command['selector']}({', '.join([*map(repr, command.get('args', ())), *named])})"
     if name == "initiate_cognitive_cycle":
         brief = command["mission_brief"]
         verb = "change" if brief["type"] == "revision" else "learn"

@@ -3,6 +3,7 @@
 The kernel's personas and the client's own model recite scripts; `test_parser_model.py` has the real model.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -22,10 +23,15 @@ import pytest
 
 from evals.kernels import PROJECT, KernelProcess, free_endpoints
 from terminal.display import Display
-from terminal.session import spell
+from terminal.session import Session, spell
 from terminal.values import as_json, as_text
 from tests.conftest import Start, scripted, writes
+from uvm import errors
+from uvm.client import Kernel
 from uvm.codec import Ref
+from uvm.image import journal
+from uvm.outcomes import settled
+from uvm.parser import Context, Reading
 
 CLIENT = str(PROJECT / "chat_client.py")
 CONTEXT = {"objects": {"genesis_obj": {"methods": {"square": ["x"]}}, "shop_obj": {"methods": {"total": []}}}}
@@ -244,6 +250,8 @@ def test_commands_are_spelled_as_a_person_would() -> None:
     )
     send = {"command": "send_message", "target_oid": "o", "selector": "m", "args": [1, "x"]}
     assert spell(send) == "o.m(1, 'x')"
+    assert spell({**send, "kwargs": {"by": 2}}) == "o.m(1, 'x', by=2)"
+    assert spell({**send, "args": [], "kwargs": {"by": "x"}}) == "o.m(by='x')"
     assert spell({"command": "revert_method", "target_oid": "o", "selector": "m"}) == "revert method o.m"
     assert spell({"command": "shutdown"}) == "shutdown"
 
@@ -411,6 +419,65 @@ def test_ctrl_c_cancels_the_mission_and_not_the_client(joined: dict[str, str]) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("followed", [True, False], ids=["seen", "from the journal"])
+async def test_ctrl_c_cancels_nobody_elses_mission(
+    followed: bool, start_kernel: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stalls = [{**STALLS, "pattern": r"Write `def slow\w*"}]
+    process = start_kernel(scripted(tmp_path, stalls, WORKER_COUNT="9"))
+    display = Display()
+    display.live = True  # as in a terminal: cycles are shown
+    async with process.client() as others, process.client() as kernel:
+        await others.request("create_object", name="shop_obj")
+        session = Session(kernel, _no_model, display)
+        async with session if followed else contextlib.nullcontext():
+            saying = asyncio.create_task(session.say("shop_obj.slow()"))
+            (own,) = await _running(others, 1)
+            begun = [await _begin(others, target, "slow") for target in ("genesis_obj", "traits_obj")]
+            seen = ""
+            while followed and len(begun) < 8 and "slow_other" not in seen:  # until events come
+                begun.append(await _begin(others, "genesis_obj", f"slow_other_{len(begun)}"))
+                await _running(others, 1 + len(begun))
+                seen += capsys.readouterr().out
+            assert ("slow_other" in seen) is followed
+            saying.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await saying
+        states = {row["mission_id"]: row["state"] for row in await others.request("missions")}
+        assert states == {own: "cancelled", **dict.fromkeys(begun, "running")}
+
+
+@pytest.mark.slow
+async def test_ctrl_c_on_what_learns_nothing_cancels_nothing(kernel: KernelProcess) -> None:
+    async with kernel.client() as others:
+        mission = await _begin(others, "genesis_obj", "slow")
+        await _running(others, 1)
+        session = Session(others, _no_model, Display())
+        saying = asyncio.create_task(session.say("/history genesis_obj.slow"))
+        await asyncio.sleep(0)  # it has begun
+        saying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await saying
+        assert (await others.request("mission", mission_id=mission))["state"] == "running"
+
+
+async def _no_model(text: str, context: Context) -> Reading:
+    raise AssertionError(f"{text!r} is exact syntax")
+
+
+async def _begin(kernel: Kernel, target: str, selector: str) -> str:
+    return str((await kernel.teach(target, selector, [], "Be slow.", wait=False))["mission_id"])
+
+
+async def _running(kernel: Kernel, number: int) -> list[str]:
+    """Waits until so many missions run, and returns their ids."""
+    async with asyncio.timeout(60):
+        while len(rows := await kernel.request("missions", state="running")) < number:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return [row["mission_id"] for row in rows]
+
+
+@pytest.mark.slow
 def test_a_sentence_that_destroys_is_confirmed(joined: dict[str, str], kernel: KernelProcess) -> None:
     terminal = open_terminal(joined)
     terminal.sendline("stop the system")
@@ -482,3 +549,21 @@ def test_a_mission_is_shown_with_its_times_and_what_is_wrong(capsys: pytest.Capt
     assert any(re.fullmatch(r"error +MissionFailed: mission 1-a is in quarantine", line) for line in told)
     assert not any(line.startswith("deadline") for line in told)
     assert all(str(record["created"]) not in line for line in told)
+
+
+def test_a_mission_that_ended_out_of_sight_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    method = {"selector": "square", "parameters": ["x"], "doc": "", "sha256": "ab" * 32}
+    record = {"mission_id": "1-a", "state": journal.COMPLETE, "method": method}
+    Display().answer("initiate_cognitive_cycle", settled(record))
+    Display().answer("initiate_cognitive_cycle", settled({**record, "attempts": 1, "seconds": 2.0}))
+    assert capsys.readouterr().out.splitlines() == [
+        "learned square(x)",
+        "learned square(x)  1 attempt, 2.0 s",
+    ]
+
+
+def test_the_protocol_names_every_branch_of_the_errors() -> None:
+    text = (PROJECT / "docs" / "PROTOCOL.md").read_text(encoding="utf-8")
+    section = text.partition("## Errors")[2].partition("\n## ")[0]
+    branches = {kind.__name__ for kind in errors.BatosError.__subclasses__()}
+    assert branches - set(re.findall(r"`(\w+)`", section)) == set()

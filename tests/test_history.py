@@ -392,6 +392,63 @@ class TestPack:
         world.image.open()
 
 
+class TestWhatHasTakenItsPlace:
+    async def test_data_does_not_come_back_over_a_method(self, world: World) -> None:
+        await world.objects.delete_slot("thing", "n")
+        tid = world.last
+        _, installed = await world.install(ROOT, "n", 5)
+        with pytest.raises(NotUndoable, match=r"slot 'n' of thing .* traits_obj\.n is a method; undo"):
+            await world.undo(tid)
+        assert await world.slots("thing") == {"other": 0}
+        await world.undo(installed)
+        await world.undo(tid)
+        assert await world.slots("thing") == {"n": 1, "other": 0}
+
+    async def test_data_does_not_come_back_over_a_grant(self, world: World) -> None:
+        await world.objects.delete_slot("thing", "n")
+        tid = world.last
+        await world.granting.grant(ROOT, "n", NoOptions(kind="clock"))
+        with pytest.raises(NotUndoable, match=r"traits_obj\.n is a grant"):
+            await world.undo(tid)
+
+    async def test_a_method_does_not_come_back_over_a_grant(self, world: World) -> None:
+        _, installed = await world.install("thing", "answer", 1)
+        undone = await world.undo(installed)
+        await world.granting.grant(ROOT, "answer", NoOptions(kind="clock"))
+        with pytest.raises(NotUndoable, match=r"traits_obj\.answer is a grant"):
+            await world.undo(undone)
+        assert await world.sources("thing") == {}
+
+    async def test_a_grant_does_not_come_back_over_a_method(self, world: World) -> None:
+        await world.granting.grant("thing", "clock", NoOptions(kind="clock"))
+        await world.granting.revoke("thing", "clock")
+        revoked = world.last
+        await world.install(ROOT, "clock", 1)
+        with pytest.raises(NotUndoable, match="'clock' of thing is no grant"):
+            await world.undo(revoked)
+
+    async def test_data_that_hides_a_method_already_is_still_put_back(self, world: World) -> None:
+        await world.install(ROOT, "n", 5)  # the data was there first
+        await world.objects.set_slot("thing", "n", 2)
+        await world.undo(world.last)
+        assert await world.slots("thing") == {"n": 1, "other": 0}
+
+    async def test_objects_are_found_however_far_from_their_slots(self, world: World) -> None:
+        def unit(txn: Txn) -> None:
+            made = [txn.create(f"one_{n}", (txn.find(ROOT),), {"n": n}) for n in range(300)]
+            made[0]._slots["n"] = 0
+
+        await world.image.attempt("many", unit)
+        await world.objects.delete_slot("one_0", "n")
+        tid = world.last
+        _, installed = await world.install(ROOT, "n", 5)
+        with pytest.raises(NotUndoable, match="slot 'n' of one_0"):
+            await world.undo(tid)
+        await world.undo(installed)
+        await world.undo(tid)
+        assert await world.slots("one_0") == {"n": 0}
+
+
 class TestVersions:
     async def test_who_when_why_and_what_differs(self, world: World) -> None:
         began = time.time()

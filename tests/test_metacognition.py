@@ -80,6 +80,36 @@ async def test_tokens_are_announced_but_not_logged(tmp_path: Path) -> None:
     await log.close()
 
 
+async def test_a_listener_that_raises_keeps_nobody_waiting(tmp_path: Path) -> None:
+    heard: list[str] = []
+    faults: list[BaseException] = []
+
+    def fails(event: str, fields: dict[str, Any]) -> None:
+        raise MemoryError(event)
+
+    log = MetacognitionLog(
+        tmp_path / "log", (fails, lambda event, fields: heard.append(event)), report=faults.append
+    )
+    names = [f"thought {n}" for n in range(5)]
+    await asyncio.wait_for(asyncio.gather(*(log.record(name) for name in names)), 20)
+    log.announce("token")
+    await log.record("after")
+    await log.close()
+    assert heard == [*names, "token", "after"]
+    assert [str(fault) for fault in faults] == heard
+    assert [record["event"] for record in lines(tmp_path / "log")] == [*names, "after"]
+
+
+async def test_a_report_that_raises_too_changes_nothing(tmp_path: Path) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("no room to say so")
+
+    log = MetacognitionLog(tmp_path / "log", (fails,), report=fails)
+    await asyncio.wait_for(asyncio.gather(*(log.record("thought") for _ in range(3))), 20)
+    await log.close()
+    assert len(lines(tmp_path / "log")) == 3
+
+
 def set_aside(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name not in ("metacognition.jsonl", "log")]
 

@@ -48,12 +48,7 @@ class Granting:
 
         def unit(txn: Txn) -> dict[str, Any]:
             found = txn.find(target)
-            held = found.lookup(slot)
-            taken = slot in NATIVES or slot in RESERVED
-            if taken or (held is not None and not isinstance(held[1], Grant)):
-                raise SlotProtected(
-                    f"{slot!r} of {found.label} is no grant; choose another slot for it", slot=slot
-                )
+            check_is_grant(slot, found)
             grant = found._slots[slot] = Grant(options.kind, chosen)
             history.note_holder(txn, found)
             return _told(found, slot, grant)
@@ -92,6 +87,18 @@ class Granting:
                     found = txn.find(oid)
                     rows += [_told(found, slot, grant) for slot, grant in found.grants().items()]
             return sorted(rows, key=lambda row: (row["object"], row["slot"]))
+
+
+def check_is_grant(slot: str, target: UvmObject) -> None:
+    """Checks that a grant of this name would hide nothing but grants.
+
+    Raises:
+        SlotProtected: it would hide data, a method or a native, or what an object delegates to.
+    """
+    held = target.lookup(slot)
+    taken = slot in NATIVES or slot in RESERVED
+    if taken or (held is not None and not isinstance(held[1], Grant)):
+        raise SlotProtected(f"{slot!r} of {target.label} is no grant; choose another slot for it", slot=slot)
 
 
 def _told(owner: UvmObject, slot: str, grant: Grant) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import datetime as dt
 import json
 import os
 import threading
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -24,6 +26,7 @@ from aiologger.handlers.base import Handler
 _MOST_BITS = 10_000  # Python writes no int of more than 4,300 digits, which have 14,285 bits
 
 Listener = Callable[[str, dict[str, Any]], None]
+Report = Callable[[BaseException], None]
 
 
 class _JsonLines(Formatter):  # type: ignore[misc]
@@ -130,15 +133,23 @@ class MetacognitionLog:
         path: the file; a last line that a kill cut short is closed off, so that it spoils no other.
         listeners: called with `(event, fields)` after each record is on disk.
         max_mib: a file that is larger at the start is renamed, with the time in its name; 0 never does.
+        report: told of what a listener raises, which keeps neither the log nor other listeners from theirs.
     """
 
-    def __init__(self, path: Path, listeners: tuple[Listener, ...] = (), max_mib: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        listeners: tuple[Listener, ...] = (),
+        max_mib: int = 0,
+        report: Report = traceback.print_exception,
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._seq, torn = _resume(path)
         if max_mib and path.exists() and path.stat().st_size > max_mib << 20:
             _set_aside(path)
             torn = False
         self._listeners = list(listeners)
+        self._report = report
         self._waiting: list[_Waiting] = []
         self._writer: asyncio.Task[None] | None = None
         self._logger = Logger(name="metacognition")
@@ -176,12 +187,17 @@ class MetacognitionLog:
                 self._seq += len(batch)
                 for waiting in batch:
                     waiting.written.set_result(None)
+                for waiting in batch:
                     self.announce(waiting.event, **waiting.fields)
 
     def announce(self, event: str, **fields: Any) -> None:
         """Tells the listeners of something too fleeting for the log, such as a token."""
         for listener in self._listeners:
-            listener(event, fields)
+            try:
+                listener(event, fields)
+            except Exception as error:
+                with suppress(Exception):  # whatever else fails: the log goes on
+                    self._report(error)
 
     async def close(self) -> None:
         """Flushes and closes the file."""

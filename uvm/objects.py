@@ -63,7 +63,7 @@ class Objects:
         def unit(txn: Txn) -> str:
             found = tuple(txn.find(parent) for parent in parents or [self._root])
             for slot in slots:
-                _check_is_data(slot, found)
+                check_is_data(slot, found)
             return txn.create(name, found, txn.storable(slots)).oid
 
         return await self._image.attempt(f"create_object {name}", unit, user=USER)
@@ -73,7 +73,7 @@ class Objects:
 
         def unit(txn: Txn) -> None:
             found = txn.find(target)
-            _check_is_data(slot, (found,))
+            check_is_data(slot, (found,))
             found._slots[slot] = txn.storable(value)
 
         await self._image.attempt(f"set_slot {target} {slot}", unit, user=USER)
@@ -83,7 +83,7 @@ class Objects:
 
         def unit(txn: Txn) -> None:
             found = txn.find(target)
-            _check_is_data(slot, (found,))
+            check_is_data(slot, (found,))
             if slot not in found._slots:
                 raise SlotNotFound(f"{found.label} has no slot {slot!r} of its own", slot=slot)
             del found._slots[slot]
@@ -91,13 +91,19 @@ class Objects:
         await self._image.attempt(f"delete_slot {target} {slot}", unit, user=USER)
 
 
-def _check_is_data(slot: str, holders: tuple[UvmObject, ...]) -> None:
-    """Raises SlotProtected where a data slot of this name would hide what is no data, or the parents."""
-    hidden = [held[1] for holder in holders if (held := holder.lookup(slot)) and not is_data(held[1])]
-    if slot in RESERVED or slot in NATIVES or hidden:
-        reason = "is a method; teach a revision instead"
-        if slot in RESERVED:
-            reason = "is what it delegates to"
-        elif any(isinstance(value, Grant) for value in hidden):
-            reason = "is a grant; revoke it first"
-        raise SlotProtected(f"{slot!r} {reason}", slot=slot)
+def check_is_data(slot: str, holders: tuple[UvmObject, ...]) -> None:
+    """Checks that a data slot of this name would hide nothing but data.
+
+    Raises:
+        SlotProtected: it would hide a method, a native or a grant, or what an object delegates to.
+    """
+    if slot in RESERVED:
+        raise SlotProtected(f"{slot!r} is what it delegates to", slot=slot)
+    if slot in NATIVES:
+        raise SlotProtected(f"{slot!r} is a method of every object; choose another slot", slot=slot)
+    for holder in holders:
+        held = holder.lookup(slot)
+        if held is not None and not is_data(held[1]):
+            is_grant = isinstance(held[1], Grant)
+            reason = "is a grant; revoke it first" if is_grant else "is a method; teach a revision instead"
+            raise SlotProtected(f"{held[0].label}.{slot} {reason}", slot=slot)

@@ -7,15 +7,24 @@ undoing is a transaction like any other and can be undone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from uvm.codec import Ref
-from uvm.errors import NotUndoable, ObjectNotFound
-from uvm.image import journal
+from uvm.errors import BatosError, NotUndoable, ObjectNotFound, SlotProtected
+from uvm.granting import check_is_grant
+from uvm.image import history, journal
 from uvm.image.changes import ABSENT, Absent, Change, Changes, Held, same, settled
+from uvm.image.grants import Grant
 from uvm.image.image import LivingImage, Txn, blocking
+from uvm.image.prototypes import UvmMethod, UvmObject
 from uvm.memory.catalog import KnowledgeCatalog
+from uvm.objects import check_is_data
+
+_NEAR = 64  # oids before that of an object's slots, among which its own mostly is: both are new at once
+_BREATH = 200  # objects between two looks at the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,7 @@ class Undoing:
             clashes = await blocking(lambda: _clashes(txn, self._memory(txn), changes))
             if clashes:
                 await self._refuse(txn, changes, clashes[0])
+            await blocking(lambda: _check_places(txn, changes))
             await blocking(lambda: self._apply(txn, changes))
             done.append(txn)
 
@@ -159,6 +169,67 @@ def _clashes(txn: Txn, catalog: KnowledgeCatalog, changes: Changes) -> list[_Cla
     return found
 
 
+def _check_places(txn: Txn, changes: Changes) -> None:
+    """Checks that what comes back hides no more than a slot that is written today may.
+
+    Raises:
+        NotUndoable: a method, a grant or data has taken its place; the text says which.
+    """
+    for oid, slots in changes.slots.items():
+        back = {slot: change.was for slot, change in slots.items() if change.was != ABSENT}
+        if not back:
+            continue
+        owner = _owner(txn, oid)
+        if owner is None:
+            reason = "the object that it changed has lost its name since; undo that first"
+            raise _not_undoable(changes, reason)
+        for slot, was in back.items():
+            try:
+                _check_place(owner, slot, _value(txn, changes, was))
+            except SlotProtected as error:
+                what, _, _ = error.message.partition(";")
+                reason = (
+                    f"slot {slot!r} of {owner.label} can't come back where {what}; undo or remove that first"
+                )
+                raise _not_undoable(changes, reason) from error
+
+
+def _check_place(owner: UvmObject, slot: str, value: Any) -> None:
+    if isinstance(value, UvmMethod):
+        history.check_place(owner, slot)
+    elif isinstance(value, Grant):
+        check_is_grant(slot, owner)
+    else:
+        check_is_data(slot, (owner,))
+
+
+def _not_undoable(changes: Changes, reason: str) -> NotUndoable:
+    told = f"transaction {changes.tid} can't be undone: {reason}"
+    return NotUndoable(told, transaction_id=changes.tid)
+
+
+def _owner(txn: Txn, oid: str) -> UvmObject | None:
+    """Returns the object whose slots have this oid; None where it has neither name nor methods."""
+    wanted = bytes.fromhex(oid)
+    return next((found for found in _candidates(txn, oid) if found._slots._p_oid == wanted), None)
+
+
+def _candidates(txn: Txn, oid: str) -> Iterator[UvmObject]:
+    """Yields the objects of the image, first those that were made at about the time of a record."""
+    number = int(oid, 16)
+    yield from _found(txn, (f"{near:016x}" for near in range(number - 1, max(number - _NEAR, 0), -1)))
+    yield from _found(txn, txn.names)
+    yield from _found(txn, txn.root["holders"])
+
+
+def _found(txn: Txn, targets: Iterable[str]) -> Iterator[UvmObject]:
+    for number, target in enumerate(targets, 1):
+        with suppress(BatosError):  # one that can't be read is not the one that is looked for
+            yield txn.find(target)
+        if number % _BREATH == 0:
+            txn.trim_cache()
+
+
 def _is_undone(txn: Txn, catalog: KnowledgeCatalog, changes: Changes) -> bool:
     """Returns whether everything is as it was before the transaction."""
     slots = (
@@ -195,7 +266,4 @@ def _value(txn: Txn, changes: Changes, value: Any) -> Any:
             return txn.stored(value.oid)
         return txn.storable(value)
     except ObjectNotFound as error:
-        raise NotUndoable(
-            f"transaction {changes.tid} can't be undone: what it replaced is gone, its history is packed",
-            transaction_id=changes.tid,
-        ) from error
+        raise _not_undoable(changes, "what it replaced is gone, its history is packed") from error
