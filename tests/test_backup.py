@@ -13,6 +13,7 @@ import pytest
 from tests.upkeep import PROJECT, Home, blob_image, killed_at
 from uvm.errors import ImageLocked, NoBackup, NotVerified, UpkeepBusy, UpkeepError
 from uvm.image.recovery import preflight
+from uvm.image.storage import index_of
 from uvm.upkeep import files
 from uvm.upkeep.backups import Backups
 from uvm.upkeep.restore import parse_time
@@ -421,5 +422,6 @@ class TestRestore:
 def test_a_user_can_start_afresh_beside_an_old_pack(home: Home) -> None:
     shutil.copy(home.image, f"{home.image}.old")
     home.image.unlink()
+    index_of(home.image).unlink()
     preflight(home.image, print)
     assert not home.image.exists()

@@ -20,6 +20,8 @@ from uvm.image.chain import MAGIC, ChainReader
 from uvm.image.image import LivingImage, Txn
 from uvm.image.recovery import sweep
 from uvm.image.storage import index_of, read_index
+from uvm.upkeep.backups import Backups
+from uvm.upkeep.restore import restore
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -125,6 +127,61 @@ class TestDamages:
             pass
         assert (refusal.value.details["at"], refusal.value.details["next"]) == (starts[-2], starts[-1])
         assert path.read_bytes() == data
+
+
+class TestLoss:
+    """What a saved index proves: the transactions that it knows were there."""
+
+    @pytest.fixture
+    def whole(self, tmp_path: Path) -> Path:
+        with opened(tmp_path) as image:
+            asyncio.run(make(image, "one", "two", "three"))
+        return tmp_path / "live_image.fs"
+
+    def test_a_cut_between_transactions_is_told_once(self, whole: Path) -> None:
+        found = [(unit._tpos, unit.tid.hex()) for unit in FileIterator(str(whole))]
+        with whole.open("r+b") as file:
+            file.truncate(found[-1][0])
+        told: list[str] = []
+        assert names_in(whole.parent, told) == {"one", "two"}
+        (line,) = told
+        assert "MISSING" in line
+        assert found[-2][1] in line
+        assert found[-1][1] in line
+        assert names_in(whole.parent, told) == {"one", "two"}
+        assert len(told) == 1
+
+    @pytest.mark.parametrize("content", [None, b"", MAGIC, MAGIC + bytes(4096)])
+    def test_a_file_that_lost_all_is_no_new_image(self, whole: Path, content: bytes | None) -> None:
+        index = index_of(whole).read_bytes()
+        whole.unlink() if content is None else whole.write_bytes(content)
+        refused = pytest.raises(ImageDamaged, match=r"knows of .*puter\.sh restore")
+        with refused, opened(whole.parent):
+            pass
+        assert index_of(whole).read_bytes() == index
+        assert (whole.read_bytes() if whole.exists() else None) == content
+        index_of(whole).unlink()
+        assert names_in(whole.parent) == set()
+
+    def test_what_the_index_knows_was_acknowledged(self, whole: Path) -> None:
+        starts = [unit._tpos for unit in FileIterator(str(whole))]
+        data = bytearray(whole.read_bytes())
+        data[starts[-1] + 16] = ord("c")  # as if a kill had interrupted its commit
+        whole.write_bytes(data)
+        told: list[str] = []
+        assert names_in(whole.parent, told) == {"one", "two"}
+        assert ["MISSING" in line for line in told] == [True, False]
+        assert tails(whole.parent) == [bytes(data[starts[-1] :])]
+
+    def test_a_restore_of_an_older_backup_is_no_loss(self, whole: Path) -> None:
+        backups = Backups(whole.parent / "backups")
+        backups.make(whole, whole.parent / "blobs", keep=1, full_every=1)
+        with opened(whole.parent) as image:
+            asyncio.run(make(image, "four"))
+        restore(backups, whole, whole.parent / "blobs")
+        told: list[str] = []
+        assert names_in(whole.parent, told) == {"one", "two", "three"}
+        assert told == []
 
 
 class TestKills:
