@@ -207,6 +207,11 @@ def _cut(story: Story, draw: random.Random) -> Damaged:
     return _differing(story, story.data[: _place(story, draw)])
 
 
+def _cut_between(story: Story, draw: random.Random) -> Damaged:
+    """A cut that leaves whole transactions alone: only an index can tell that others are gone."""
+    return _differing(story, story.data[: draw.choice(story.ends[:-1])])
+
+
 def _zeros_from(story: Story, draw: random.Random) -> Damaged:
     place = _place(story, draw)
     return _differing(story, story.data[:place] + bytes(len(story.data) - place))
@@ -298,6 +303,7 @@ def _first_transaction(story: Story, draw: random.Random) -> Damaged:
 
 _DAMAGES: dict[str, Callable[[Story, random.Random], Damaged]] = {
     "cut": _cut,
+    "cut between transactions": _cut_between,
     "zeros to the end": _zeros_from,
     "garbage to the end": _garbage_from,
     "zeros behind": _zeros_behind,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import resource
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 from ZODB.FileStorage import FileIterator
 
 from evals.damages import damage_many
+from evals.kernels import free_endpoint
 from evals.report import Report
+from min_watchdog_service import EXIT_CANNOT_START
 from uvm.errors import ImageDamaged
 from uvm.image import journal, storage
 from uvm.image.chain import MAGIC, ChainReader
@@ -79,9 +82,9 @@ def tails(folder: Path) -> list[bytes]:
 class TestDamages:
     def test_nothing_whole_is_lost(self, tmp_path: Path) -> None:
         report = Report("damages")
-        damage_many(tmp_path, 70, 7, report)  # every kind with every index
+        damage_many(tmp_path, 75, 7, report)  # every kind with every index
         assert [(case.id, case.reason) for case in report.cases if not case.passed] == []
-        assert len(report.cases) == 70
+        assert len(report.cases) == 75
 
     def test_a_quiet_start_says_nothing(self, tmp_path: Path) -> None:
         told: list[str] = []
@@ -182,6 +185,27 @@ class TestLoss:
         told: list[str] = []
         assert names_in(whole.parent, told) == {"one", "two", "three"}
         assert told == []
+
+
+class TestServers:
+    def test_one_that_is_down_is_no_damage(self, tmp_path: Path) -> None:
+        address = free_endpoint().removeprefix("tcp://")
+        environment = os.environ | {
+            "BATOS_HOME": str(tmp_path),
+            "BATOS_DB_FILE": f"zeo://{address}?wait_timeout=1",
+            "BATOS_SENTENCE_TRANSFORMER_MODEL": "hashing",
+        }
+        ended = subprocess.run(
+            [sys.executable, str(PROJECT / "batos.py")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        (line,) = [line for line in ended.stderr.splitlines() if "can't start" in line]
+        assert "is its server up?" in line
+        assert "restore" not in line
+        assert ended.returncode not in (0, EXIT_CANNOT_START)  # so its watchdog tries again
 
 
 class TestKills:
