@@ -119,7 +119,7 @@ def _refusal(path: Path, reason: str, **details: int) -> ImageDamaged:
 
 def _emptied(path: Path, known: Index) -> ImageDamaged:
     reason = (
-        f"it has no transactions, and its index knows of {known.end:,} bytes of them, up to {known.tid.hex()}; "
+        f"it holds no transactions, and its index knows of {known.end:,} bytes up to {known.tid.hex()}; "
         f"nothing was changed; to begin a new image, delete {index_of(path)}"
     )
     return _refusal(path, reason)
