@@ -29,7 +29,7 @@ from uvm.awakening import CATALOG, ROOT, awaken, primordial
 from uvm.bridge import Bridge
 from uvm.broker.broker import Broker
 from uvm.commands import Commands
-from uvm.errors import BatosError, HomeError, ResourceExhausted, ShuttingDown
+from uvm.errors import BatosError, HomeError, ImageUnreachable, ResourceExhausted, ShuttingDown
 from uvm.granting import Granting
 from uvm.hands.pool import HandPool
 from uvm.heartbeat import Heartbeat, Lifeline
@@ -56,6 +56,7 @@ from uvm.versions import Versions
 
 CODEX = PROJECT / "codex"
 CODE = ("uvm", "terminal", "codex", "evals", "bench", "tests", "docs", ".git", ".venv")
+EXIT_CANNOT_START_YET = 1  # as of a crash: trying again may help
 EXIT_CANNOT_START = 2
 EXIT_IMAGE_CLOSED = 3  # a new start is needed, and helps
 EXIT_TRY_LATER = 75  # the system has run out of something: sysexits.h calls it EX_TEMPFAIL
@@ -419,6 +420,9 @@ def main() -> int:
         settings = Settings()
         settings.HOME.mkdir(parents=True, exist_ok=True)
         return asyncio.run(serve(settings))
+    except ImageUnreachable as error:
+        print(f"[UVM] can't start yet: {_told(error)}", file=sys.stderr, flush=True)
+        return EXIT_CANNOT_START_YET
     except Exception as error:
         reason = error if isinstance(error, HomeError) else exhausted(error)
         if reason is None:

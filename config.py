@@ -18,6 +18,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import parse_qsl
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -175,12 +176,26 @@ class Settings(BaseSettings):
     def _at_home(self) -> Self:
         for name in ("BLOB_DIR", "KEYS_DIR", "METACOGNITION_LOG_FILE", "LORA_STAGING_DIR", "BACKUP_DIR"):
             self.__dict__[name] = self.HOME / getattr(self, name).expanduser()
+        self._take_file_uri()
         if "://" not in self.DB_FILE:
             self.__dict__["DB_FILE"] = str(self.HOME / Path(self.DB_FILE).expanduser())
         self.__dict__["PERSONA_MODELS"] = PROFILES[self.PROFILE] | self.PERSONA_MODELS
         if self.ZMQ_ENDPOINT == self.ZMQ_EVENTS_ENDPOINT:
             raise ValueError("ZMQ_ENDPOINT and ZMQ_EVENTS_ENDPOINT must differ")
         return self
+
+    def _take_file_uri(self) -> None:
+        """Lets a `file://` URI be the file that it names: it is looked at, backed up and packed like one.
+
+        One with options that a file has not (`demostorage`, `quota`, …) stays what zodburi makes of it.
+        """
+        path, _, query = self.DB_FILE.removeprefix("file://").partition("?")
+        options = dict(parse_qsl(query, keep_blank_values=True))
+        if not self.DB_FILE.startswith("file://") or options.keys() - {"blobstorage_dir"}:
+            return
+        self.__dict__["DB_FILE"] = os.path.normpath(path)
+        if options.get("blobstorage_dir"):
+            self.__dict__["BLOB_DIR"] = self.HOME / options["blobstorage_dir"]
 
 
 def _refusal(error: ValidationError) -> ConfigError:

@@ -66,6 +66,11 @@ class Upkeep:
         elif not phase.startswith("loading object") or phase.startswith("loading object 0 "):
             print(f"{phase} ...", file=sys.stderr, flush=True)
 
+    def say(self, line: str) -> None:
+        """Prints a line that stays."""
+        self.rest()
+        print(line, file=sys.stderr, flush=True)
+
     def rest(self) -> None:
         """Clears the line of the last phase."""
         if self._counting:
@@ -114,8 +119,7 @@ class Upkeep:
     def _verify_backup(self) -> tuple[str, dict[str, Any]]:
         backups = Backups(self._folder(self._options.source), self.tell)
         with files.typed_errors(f"verifying {backups.folder}"):
-            newest = backups.newest()
-            report = backups.check(newest)
+            report = backups.check(newest := backups.newest())
         line = f"Backup {newest.told()} again just now, in {report.seconds:.1f} s."
         return line, asdict(report) | {"path": str(report.path), "stamp": newest.stamp}
 
@@ -130,7 +134,7 @@ class Upkeep:
         days = self._settings.PACK_KEEP_DAYS if self._options.days is None else self._options.days
         try:
             with files.typed_errors(f"packing {image}"):
-                packed = pack_closed(image, self._blob_dir, days, self.tell)
+                packed = pack_closed(image, self._blob_dir, days, self.tell, self.say)
         except ImageLocked:
             self.tell("the running kernel packs its image")
             result = asyncio.run(self._ask_kernel(days))

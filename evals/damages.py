@@ -48,6 +48,7 @@ class Story:
         states: digest of all that can be read, after each of them.
         indexes: the index file by its kind; None where there is none.
         reach: how much of the file each index knows, where it can be relied on.
+        proven: how many of the transactions each index proves, even where it lies about the rest.
     """
 
     data: bytes
@@ -55,6 +56,7 @@ class Story:
     states: tuple[str, ...]
     indexes: dict[str, bytes | None]
     reach: dict[str, int]
+    proven: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ async def _tell_story(folder: Path, draw: random.Random) -> Story:
     ends: list[int] = []
     states: list[str] = []
     indexes: dict[str, bytes | None] = {"none": None, "garbage": draw.randbytes(2000)}
-    reach = dict.fromkeys(INDEXES, 0)
+    reach, proven = dict.fromkeys(INDEXES, 0), dict.fromkeys(INDEXES, 0)
 
     async def note(image: LivingImage) -> None:
         ends.append(path.stat().st_size)
@@ -131,6 +133,7 @@ async def _tell_story(folder: Path, draw: random.Random) -> Story:
         if number == UNITS // 2:
             image.close()
             indexes["stale"], reach["stale"] = index_of(path).read_bytes(), ends[-1]
+            proven["stale"] = len(ends)
             image = _opened(folder)
         await _work(image, number, draw)
         await note(image)
@@ -140,7 +143,8 @@ async def _tell_story(folder: Path, draw: random.Random) -> Story:
     indexes["fresh"], reach["fresh"] = index_of(path).read_bytes(), ends[-1]
     write_index(path, draw.randrange(ends[0], ends[-1]), last, parts)
     indexes["lying"] = index_of(path).read_bytes()
-    return Story(path.read_bytes(), tuple(ends), tuple(states), indexes, reach)
+    proven["fresh"] = proven["lying"] = len(ends)
+    return Story(path.read_bytes(), tuple(ends), tuple(states), indexes, reach, proven)
 
 
 async def _work(image: LivingImage, number: int, draw: random.Random) -> None:
@@ -201,6 +205,11 @@ def _differing(story: Story, data: bytes) -> Damaged:
 
 def _cut(story: Story, draw: random.Random) -> Damaged:
     return _differing(story, story.data[: _place(story, draw)])
+
+
+def _cut_between(story: Story, draw: random.Random) -> Damaged:
+    """A cut that leaves whole transactions alone: only an index can tell that others are gone."""
+    return _differing(story, story.data[: draw.choice(story.ends[:-1])])
 
 
 def _zeros_from(story: Story, draw: random.Random) -> Damaged:
@@ -294,6 +303,7 @@ def _first_transaction(story: Story, draw: random.Random) -> Damaged:
 
 _DAMAGES: dict[str, Callable[[Story, random.Random], Damaged]] = {
     "cut": _cut,
+    "cut between transactions": _cut_between,
     "zeros to the end": _zeros_from,
     "garbage to the end": _garbage_from,
     "zeros behind": _zeros_behind,
@@ -328,7 +338,7 @@ def _try(home: Path, story: Story, damaged: Damaged, index: str) -> tuple[str, s
         return "lost", f"{done['outcome']}: {done['told']}"
     if damaged.follows:
         return _unseen(story, damaged, index, left)
-    return _recovered(home, story, damaged, done, left)
+    return _recovered(home, story, damaged, index, done, left)
 
 
 def _unseen(story: Story, damaged: Damaged, index: str, left: bytes) -> tuple[str, str]:
@@ -341,7 +351,7 @@ def _unseen(story: Story, damaged: Damaged, index: str, left: bytes) -> tuple[st
 
 
 def _recovered(
-    home: Path, story: Story, damaged: Damaged, done: dict[str, Any], left: bytes
+    home: Path, story: Story, damaged: Damaged, index: str, done: dict[str, Any], left: bytes
 ) -> tuple[str, str]:
     good = sum(end <= damaged.first for end in story.ends)
     end = story.ends[good - 1]
@@ -350,9 +360,10 @@ def _recovered(
     wrong = _unlike(left, story.data[:end], "the file")
     if not wrong and done["state"] != story.states[good - 1]:
         wrong = f"what is read is not what {good} transactions left ({done['told']})"
-    if not wrong and damaged.kept and [path.read_bytes() for path in kept] != [tail] * bool(tail):
+    lost = story.proven[index] > good
+    if not wrong and (damaged.kept or lost) and [path.read_bytes() for path in kept] != [tail] * bool(tail):
         wrong = f"the tail of {len(tail)} bytes is not kept as it was"
-    if not wrong and len(done["told"]) != bool(tail):
+    if not wrong and ["MISSING" in line for line in done["told"]] != [True] * lost + [False] * bool(tail):
         wrong = f"said {done['told']}"
     if not wrong and done["again"]:
         wrong = f"a second start had something to say: {done['again']}"

@@ -1,5 +1,6 @@
 """Backups and what they are for: real files, real processes, kills at every step."""
 
+import json
 import os
 import resource
 import shutil
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.upkeep import PROJECT, Home, blob_image, killed_at
-from uvm.errors import ImageLocked, NoBackup, NotVerified, UpkeepBusy, UpkeepError
+from uvm.errors import ImageLocked, NoBackup, NotVerified, ResourceExhausted, UpkeepBusy, UpkeepError
+from uvm.image.chain import ChainReader
 from uvm.image.recovery import preflight
+from uvm.image.storage import index_of, read_index
 from uvm.upkeep import files
 from uvm.upkeep.backups import Backups
-from uvm.upkeep.restore import parse_time
+from uvm.upkeep.restore import parse_time, restore
 from uvm.upkeep.verify import verify
 from uvm.upkeep.walk import walk
 
@@ -144,6 +147,30 @@ class TestBlobs:
         home.back_up()  # nothing else is new; the copy comes back
         assert home.backups.check(backup).problems == ()
 
+    def test_a_blob_that_a_backup_has_damaged_is_told_and_mended(self, home: Home, tmp_path: Path) -> None:
+        (name,) = home.add_blobs(b"a model")
+        backup = home.back_up()
+        flip(home.backups.folder / "blobs" / name, b"model", b"modem")
+        with pytest.raises(NotVerified, match=f"blob {name} is damaged"):
+            home.backups.check(backup)
+        with pytest.raises(NotVerified, match=f"blob {name} is damaged"):
+            restore(home.backups, tmp_path / "copy.fs", tmp_path / "copy.blobs")
+        home.back_up()
+        assert home.backups.check(backup).problems == ()
+        home.restore()
+        assert (home.blob_dir / name).read_bytes() == b"a model"
+
+    def test_a_manifest_without_sums_is_one_of_before(self, home: Home) -> None:
+        (name,) = home.add_blobs(b"a model")
+        backup = home.back_up()
+        manifest = home.backups.folder / f"{backup.stamp}.json"
+        told = json.loads(manifest.read_text())
+        del told["sums"]
+        manifest.write_text(json.dumps(told))
+        (older,) = home.backups.kept()
+        assert home.backups.check(older).problems == ()
+        assert home.back_up().sums.keys() == {name}
+
     def test_a_record_of_a_blob_needs_its_file(self, tmp_path: Path) -> None:
         path, blobs = blob_image(tmp_path / "other.fs", b"a model")
         ((oid, tid),) = walk(path).blobs
@@ -255,6 +282,43 @@ class TestWhere:
         assert result.returncode == 1
         assert "is no image file" in result.stderr
 
+    def test_nothing_sweeps_a_backup_that_is_being_read(self, home: Home) -> None:
+        home.back_up()
+        for arguments in (("verify", "--backups"), ("restore",)):
+            with files.alone(home.backups.folder / ".lock", "test"):
+                result = home.run(*arguments)
+            assert result.returncode == 1
+            assert "another backup into this folder is under way" in result.stderr
+        told: list[str] = []
+
+        def meet(phase: str) -> None:
+            told.append(phase)
+            with pytest.raises(UpkeepBusy):
+                home.back_up()
+
+        backups = Backups(home.backups.folder, meet)
+        backups.check(backups.newest())
+        assert told
+
+    def test_a_folder_that_can_not_be_locked_is_read_without(self, home: Home, tmp_path: Path) -> None:
+        backup = home.back_up()
+        lock = home.backups.folder / ".lock"
+        lock.unlink()
+        lock.symlink_to(tmp_path / "nowhere" / "lock")
+        restore(home.backups, tmp_path / "copy.fs", tmp_path / "copy.blobs")
+        assert (tmp_path / "copy.fs").stat().st_size == backup.bytes
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [{"verified": None}, {"verified": float("nan")}, {"bytes": "1"}, {"blobs": []}, {"sums": {"a": 1}}],
+    )
+    def test_a_manifest_that_is_none_does_not_count(self, home: Home, wrong: dict[str, object]) -> None:
+        backup = home.back_up()
+        manifest = home.backups.folder / f"{backup.stamp}.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | wrong))
+        assert home.backups.kept() == []
+        assert home.back_up().full
+
 
 class TestKills:
     def test_a_backup_killed_at_any_step_costs_no_other(self, home: Home) -> None:
@@ -351,14 +415,37 @@ class TestNoRoom:
             check=False,
         )
         assert result.returncode == 1
-        assert "no space left" in result.stderr.splitlines()[-1]
+        assert "the disk is full" in result.stderr.splitlines()[-1]
         assert home.backups.kept() == [good]
         assert not [name for name in names(home.backups.folder) if "tmp" in name or "scratch" in name]
         home.back_up()
         home.restore()
 
+    @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs files with holes")
+    def test_blobs_need_room_too(self, home: Home) -> None:
+        (name,) = home.add_blobs(b"a model")
+        os.truncate(home.blob_dir / name, 1 << 43)  # with a hole of 8 TiB
+        with pytest.raises(ResourceExhausted, match=r"needs 8,796,093,\d+,\d+ bytes"):
+            home.back_up()
+        os.truncate(home.blob_dir / name, 7)
+        backup = home.back_up()
+        manifest = home.backups.folder / f"{backup.stamp}.json"
+        told = json.loads(manifest.read_text()) | {"blobs": {name: 1 << 43}}
+        manifest.write_text(json.dumps(told))
+        with pytest.raises(ResourceExhausted, match=r"restoring backup .*needs 8,796,093"):
+            home.restore()
+        assert home.read("counter") == 1
+
 
 class TestRestore:
+    def test_its_index_is_one_that_a_kernel_trusts(self, home: Home) -> None:
+        home.back_up()
+        home.restore()
+        with home.image.open("rb") as file:
+            found = read_index(home.image, ChainReader(file, home.image.stat().st_size))
+        assert found is not None
+        assert found.end == home.image.stat().st_size
+
     def test_the_image_before_is_kept_with_its_blobs(self, home: Home) -> None:
         blobs = home.add_blobs(b"a model")
         home.back_up()
@@ -421,5 +508,6 @@ class TestRestore:
 def test_a_user_can_start_afresh_beside_an_old_pack(home: Home) -> None:
     shutil.copy(home.image, f"{home.image}.old")
     home.image.unlink()
+    index_of(home.image).unlink()
     preflight(home.image, print)
     assert not home.image.exists()

@@ -34,6 +34,16 @@ def test_an_absolute_path_and_a_uri_stay(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert tmp_path / "elsewhere" == Settings().KEYS_DIR
 
 
+def test_a_uri_of_a_file_is_that_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BATOS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("BATOS_DB_FILE", f"file://{tmp_path}/a/../i.fs?blobstorage_dir={tmp_path}/b")
+    assert (str(tmp_path / "i.fs"), tmp_path / "b") == (Settings().DB_FILE, Settings().BLOB_DIR)
+    monkeypatch.setenv("BATOS_DB_FILE", f"file://{tmp_path}/i.fs")
+    assert (Settings().DB_FILE, Settings().BLOB_DIR.parent) == (str(tmp_path / "i.fs"), tmp_path / "home")
+    monkeypatch.setenv("BATOS_DB_FILE", "file:///i.fs?quota=1mb")
+    assert Settings().DB_FILE == "file:///i.fs?quota=1mb"
+
+
 def test_the_embedded_personas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings().PERSONA_MODELS == {
         "ALFRED": CODER,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"uvm.errors", "uvm.states", "uvm.process"},
+    {"uvm.errors", "uvm.states", "uvm.process", "uvm.disk"},
     {"uvm.pressure", "uvm.codec", "uvm.capabilities", "uvm.grant_options", "uvm.keyfiles", "uvm.handshakes"},
     {"uvm.messages", "uvm.keys"},
     {"uvm.lanes", "uvm.metacognition", "uvm.image", "uvm.guardian", "uvm.client"},

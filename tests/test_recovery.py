@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import resource
 import subprocess
 import sys
@@ -13,13 +14,17 @@ import pytest
 from ZODB.FileStorage import FileIterator
 
 from evals.damages import damage_many
+from evals.kernels import free_endpoint
 from evals.report import Report
+from min_watchdog_service import EXIT_CANNOT_START
 from uvm.errors import ImageDamaged
 from uvm.image import journal, storage
 from uvm.image.chain import MAGIC, ChainReader
 from uvm.image.image import LivingImage, Txn
 from uvm.image.recovery import sweep
 from uvm.image.storage import index_of, read_index
+from uvm.upkeep.backups import Backups
+from uvm.upkeep.restore import restore
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -77,9 +82,9 @@ def tails(folder: Path) -> list[bytes]:
 class TestDamages:
     def test_nothing_whole_is_lost(self, tmp_path: Path) -> None:
         report = Report("damages")
-        damage_many(tmp_path, 70, 7, report)  # every kind with every index
+        damage_many(tmp_path, 75, 7, report)  # every kind with every index
         assert [(case.id, case.reason) for case in report.cases if not case.passed] == []
-        assert len(report.cases) == 70
+        assert len(report.cases) == 75
 
     def test_a_quiet_start_says_nothing(self, tmp_path: Path) -> None:
         told: list[str] = []
@@ -125,6 +130,82 @@ class TestDamages:
             pass
         assert (refusal.value.details["at"], refusal.value.details["next"]) == (starts[-2], starts[-1])
         assert path.read_bytes() == data
+
+
+class TestLoss:
+    """What a saved index proves: the transactions that it knows were there."""
+
+    @pytest.fixture
+    def whole(self, tmp_path: Path) -> Path:
+        with opened(tmp_path) as image:
+            asyncio.run(make(image, "one", "two", "three"))
+        return tmp_path / "live_image.fs"
+
+    def test_a_cut_between_transactions_is_told_once(self, whole: Path) -> None:
+        found = [(unit._tpos, unit.tid.hex()) for unit in FileIterator(str(whole))]
+        with whole.open("r+b") as file:
+            file.truncate(found[-1][0])
+        told: list[str] = []
+        assert names_in(whole.parent, told) == {"one", "two"}
+        (line,) = told
+        assert "MISSING" in line
+        assert found[-2][1] in line
+        assert found[-1][1] in line
+        assert names_in(whole.parent, told) == {"one", "two"}
+        assert len(told) == 1
+
+    @pytest.mark.parametrize("content", [None, b"", MAGIC, MAGIC + bytes(4096)])
+    def test_a_file_that_lost_all_is_no_new_image(self, whole: Path, content: bytes | None) -> None:
+        index = index_of(whole).read_bytes()
+        whole.unlink() if content is None else whole.write_bytes(content)
+        refused = pytest.raises(ImageDamaged, match=r"knows of .*puter\.sh restore")
+        with refused, opened(whole.parent):
+            pass
+        assert index_of(whole).read_bytes() == index
+        assert (whole.read_bytes() if whole.exists() else None) == content
+        index_of(whole).unlink()
+        assert names_in(whole.parent) == set()
+
+    def test_what_the_index_knows_was_acknowledged(self, whole: Path) -> None:
+        starts = [unit._tpos for unit in FileIterator(str(whole))]
+        data = bytearray(whole.read_bytes())
+        data[starts[-1] + 16] = ord("c")  # as if a kill had interrupted its commit
+        whole.write_bytes(data)
+        told: list[str] = []
+        assert names_in(whole.parent, told) == {"one", "two"}
+        assert ["MISSING" in line for line in told] == [True, False]
+        assert tails(whole.parent) == [bytes(data[starts[-1] :])]
+
+    def test_a_restore_of_an_older_backup_is_no_loss(self, whole: Path) -> None:
+        backups = Backups(whole.parent / "backups")
+        backups.make(whole, whole.parent / "blobs", keep=1, full_every=1)
+        with opened(whole.parent) as image:
+            asyncio.run(make(image, "four"))
+        restore(backups, whole, whole.parent / "blobs")
+        told: list[str] = []
+        assert names_in(whole.parent, told) == {"one", "two", "three"}
+        assert told == []
+
+
+class TestServers:
+    def test_one_that_is_down_is_no_damage(self, tmp_path: Path) -> None:
+        address = free_endpoint().removeprefix("tcp://")
+        environment = os.environ | {
+            "BATOS_HOME": str(tmp_path),
+            "BATOS_DB_FILE": f"zeo://{address}?wait_timeout=1",
+            "BATOS_SENTENCE_TRANSFORMER_MODEL": "hashing",
+        }
+        ended = subprocess.run(
+            [sys.executable, str(PROJECT / "batos.py")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        (line,) = [line for line in ended.stderr.splitlines() if "can't start" in line]
+        assert "is its server up?" in line
+        assert "restore" not in line
+        assert ended.returncode not in (0, EXIT_CANNOT_START)  # so its watchdog tries again
 
 
 class TestKills:

@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from tests.upkeep import PROJECT, Home
 from uvm.errors import InvalidField, TransactionNotFound, UpkeepBusy, UpkeepError
 from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmObject
-from uvm.upkeep import files
+from uvm.image.storage import write_index
+from uvm.upkeep import files, packs
 from uvm.upkeep.backups import Backups
+from uvm.upkeep.keeper import Keeper, Record
 from uvm.upkeep.verify import verify
 from uvm.upkeep.walk import walk
 
@@ -109,7 +112,10 @@ class TestVerify:
         oid = walk(home.image).index.minKey()  # the root, which is not among them
         assert info["index"][oid] != 4
         info["index"][oid] = 4
-        info["index"].save(info["pos"], str(index))
+        info["index"].save(info["pos"], str(index))  # as ZODB does, so that no kernel trusts it
+        assert problems(home) == ()
+        parts = [(prefix, bucket.toString()) for prefix, bucket in info["index"]._data.items()]
+        write_index(home.image, info["pos"], bytes.fromhex(walk(home.image).last), parts)
         assert problems(home)[0] == f"its index is wrong about 1 objects; delete {index}"
         index.unlink()
         assert problems(home) == ()
@@ -223,6 +229,33 @@ class TestPack:
             assert f"is kept as {home.image}.old" in result.stderr
             assert Path(f"{home.image}.old").read_bytes() == damaged
 
+    def test_a_clock_that_is_ahead_forgets_nothing_more(
+        self, home: Home, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 365 * packs.DAY_S)
+        before = self.tids(home)
+        with home.opened() as image:
+            packed = packs.pack(image, 30)
+            with image.view(before[-2]) as txn:
+                assert txn.find("counter").value == 3
+        assert packed.until < now - 29 * packs.DAY_S
+        assert self.tids(home) == before
+
+    def test_a_damaged_end_is_told(self, home: Home) -> None:
+        with home.image.open("ab") as file:
+            file.write(b"\xa5" * 50)
+        result = home.run("pack")
+        assert result.returncode == 0, result.stderr
+        assert "The last 50 bytes of" in result.stderr
+
+    @pytest.mark.parametrize(("opcode", "error"), [(b"~", "UnpicklingError"), (b"\xff", "OverflowError")])
+    def test_whatever_damage_does_to_a_pack_it_is_typed(self, home: Home, opcode: bytes, error: str) -> None:
+        data = home.image.read_bytes()
+        patched(home.image, data.rindex(b"}q\x01X") + 3, opcode + b"\xff" * 8)  # within the newest record
+        with home.opened() as image, pytest.raises(UpkeepError, match=rf"can't be packed \({error}.*verify"):
+            image.pack(time.time())
+
     def test_an_image_in_memory(self) -> None:
         image = LivingImage.in_memory()
         image.open()
@@ -333,6 +366,71 @@ async def test_the_schedule(start_kernel: Start, tmp_path: Path) -> None:
         assert "error" not in status["backup"]
     await asyncio.to_thread(process.stop)
     assert backups(process).check(backups(process).newest()).problems == ()
+
+
+def keeper(home: Home, record: Record, said: list[str], interval: float = 0.05) -> Keeper:
+    return Keeper(
+        image=LivingImage(str(home.image), home.blob_dir),
+        blob_dir=home.blob_dir,
+        backup_dir=home.backups.folder,
+        ledger=home.folder / "run" / "upkeep.json",
+        command=("env", f"BATOS_HOME={home.folder}", sys.executable, str(PROJECT / "upkeep.py")),
+        intervals={"backup": interval},
+        keep_days=30,
+        record=record,
+        say=said.append,
+    )
+
+
+async def test_nothing_ends_the_schedule(home: Home) -> None:
+    records = 0
+
+    async def record(event: str, **_: Any) -> None:
+        nonlocal records
+        records += 1
+        raise ValueError("I/O operation on closed file")  # as a log that was closed says
+
+    said: list[str] = []
+    keep = keeper(home, record, said)
+    ledger = home.folder / "run" / "upkeep.json"
+    ledger.parent.mkdir(exist_ok=True)
+    ledger.write_text('{"backup": {"last": NaN, "tried": 0, "failures": ' + "9" * 400 + "}}")
+    keep.start()
+    await until(lambda: records > 1)
+    ledger.write_text("[" * 200_000)
+    seen = records
+    await until(lambda: records > seen + 1)
+    await keep.close()
+    assert said == []
+    assert keep.told()["backup"]["bytes"] == home.image.stat().st_size
+
+
+async def test_what_nobody_thought_of_is_a_failure_that_is_told(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def record(event: str, **_: Any) -> None:
+        pass
+
+    said: list[str] = []
+    keep = keeper(home, record, said)
+    monkeypatch.setattr(keep, "_command", ("sh", "-c", "echo '{\"ok\": true}'"))  # no result
+    for _ in range(2):
+        with pytest.raises(UpkeepError, match="KeyError: 'result'"):
+            await keep.do("backup")
+    assert said == ["The backup failed: KeyError: 'result'; see ./puter.sh verify"]
+    assert "KeyError" in keep.told()["backup"]["error"]
+
+
+async def test_a_backup_on_command_is_told(home: Home) -> None:
+    async def record(event: str, **_: Any) -> None:
+        pass
+
+    keep = keeper(home, record, [])
+    assert keep.told()["backup"]["last"] is None
+    assert home.run("backup").returncode == 0
+    newest = home.backups.newest()
+    told = {"last": newest.verified, "verified": newest.verified, "bytes": newest.bytes}
+    assert keep.told()["backup"] == told
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@
     │   ├── Conflict             other transactions kept winning
     │   ├── ResourceExhausted    no disk, descriptors or memory left; `resource` says which
     │   ├── UpkeepBusy           another backup, restore, verification or pack is under way
+    │   ├── ImageUnreachable     the server of the image can't be reached
     │   └── KernelUnreachable    raised by the client library
     ├── MethodError              generated code failed; the image is untouched
     │   ├── MethodRaised         it raised an exception
@@ -167,6 +168,10 @@ class ResourceExhausted(RetryLater):
 
 
 class UpkeepBusy(RetryLater):
+    pass
+
+
+class ImageUnreachable(RetryLater):
     pass
 
 

@@ -29,8 +29,7 @@ from persistent.mapping import PersistentMapping
 from transaction import TransactionManager
 from transaction.interfaces import NoTransaction
 from ZODB.FileStorage import FileStorage
-from ZODB.FileStorage.format import CorruptedError
-from ZODB.POSException import POSError, POSKeyError
+from ZODB.POSException import POSKeyError
 from ZODB.serialize import referencesf
 
 from uvm.codec import is_oid
@@ -438,7 +437,9 @@ class LivingImage:
             raise UpkeepError(f"{self.location} is no image file; pack it with the tools of its server")
         try:
             self._db.storage.pack(until, referencesf)
-        except (POSError, CorruptedError, KeyError, ValueError) as error:
+        except (BatosError, OSError, MemoryError):
+            raise
+        except Exception as error:  # ZODB loads what a damaged file holds, and may meet anything
             raise UpkeepError(
                 f"{self.location} can't be packed ({type(error).__name__}: {error!s:.300}); "
                 "see ./puter.sh verify",

@@ -5,6 +5,7 @@ Each step is named by the error that it raises; a step that changed something sa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from BTrees.OOBTree import OOBTree, OOTreeSet
 from zc.lockfile import LockError
 from ZODB.POSException import POSError
 
-from uvm.errors import ImageDamaged, ImageLocked
+from uvm.errors import ImageDamaged, ImageLocked, ImageUnreachable
 from uvm.image.defused import defuse
 from uvm.image.loading import Database, typed_errors
 from uvm.image.migrations import migrate
@@ -40,6 +41,7 @@ def open_database(
     Raises:
         ImageLocked: another process has it open.
         ImageDamaged: it can't be read; the text says what to do.
+        ImageUnreachable: its server does not answer.
         ForbiddenClass: the root holds what the allow-list does not know.
         ResourceExhausted: the disk is full, or the like.
     """
@@ -72,7 +74,7 @@ def _storage(location: str, blob_dir: Path, tell: Tell) -> tuple[Any, dict[str, 
     try:
         if "://" in location:
             factory, options = zodburi.resolve_uri(location)
-            return steady(factory()), options
+            return _reached(location, factory), options
         Path(location).parent.mkdir(parents=True, exist_ok=True)
         whole_layout(blob_dir)
         return ImageStorage(Path(location), blob_dir, look), {}
@@ -93,6 +95,24 @@ def _storage(location: str, blob_dir: Path, tell: Tell) -> tuple[Any, dict[str, 
         raise ImageDamaged(
             f"{location} can't be opened ({type(error).__name__}: {error}); "
             "restore the newest verified backup: ./puter.sh restore",
+            path=location,
+        ) from error
+
+
+def _reached(location: str, factory: Callable[[], Any]) -> Any:
+    """Returns the storage of a URI; what goes wrong on the way to a server may pass.
+
+    Raises:
+        ImageUnreachable: its server does not answer.
+    """
+    try:
+        return steady(factory())
+    except Exception as error:  # each client of a server has errors of its own
+        is_of_a_server = not location.startswith(("file://", "memory://", "demo:"))
+        if not is_of_a_server or exhausted(error) is not None or isinstance(error, (ValueError, KeyError)):
+            raise
+        raise ImageUnreachable(
+            f"{location} can't be reached ({type(error).__name__}: {error!s:.200}); is its server up?",
             path=location,
         ) from error
 

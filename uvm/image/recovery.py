@@ -2,7 +2,8 @@
 
 A kill leaves an unfinished transaction, which was never acknowledged; a power cut may leave anything behind
 the last transaction that was. Both are cut, and what is not the ordinary remainder of a kill is kept in a
-file beside. Where whole transactions follow the damage nothing is touched: that needs a decision. Each step
+file beside. Where whole transactions follow the damage nothing is touched: that needs a decision.
+Transactions that a saved index knows, and the file no longer has, are told of. Each step
 can be killed and is then done again by the next start. Layer 1.
 """
 
@@ -18,9 +19,10 @@ from pathlib import Path
 
 from ZODB.fsIndex import fsIndex
 
+from uvm.disk import sync_folder
 from uvm.errors import ImageDamaged
 from uvm.image.chain import MAGIC, NO_TID, Chain, ChainReader
-from uvm.image.storage import Index, index_of, read_index
+from uvm.image.storage import Index, fits, index_of, vouched_index
 
 LONG = 256 << 20  # bytes to be read that are worth a line
 _PIECE = 1 << 20
@@ -40,22 +42,29 @@ def preflight(path: Path, tell: Tell) -> Index | None:
         The index of the whole file; None where there is no transaction yet.
 
     Raises:
-        ImageDamaged: the file is none of ZODB's, or is damaged before transactions that are whole.
+        ImageDamaged: the file is none of ZODB's, is damaged before transactions that are whole, or is empty
+            although its index knows of transactions.
     """
     _settle_pack(path, tell)
     _remove_leftovers(path)
     size = path.stat().st_size if path.exists() else 0
+    known = vouched_index(path)
     if size == 0:
+        if known is not None:
+            raise _emptied(path, known)
         index_of(path).unlink(missing_ok=True)
         return None
     with path.open("rb", buffering=0) as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise _refusal(path, "it is no image of ZODB; see what DB_FILE names")
         reader = ChainReader(file, size)
-        index, chain = _read(path, reader, tell)
-        is_unfinished = chain.end < size and reader.is_unfinished(chain.end, chain.last)
+        index, chain = _read(path, reader, known, tell)
+        lost = known if known is not None and known.tid > chain.last else None
+        is_unfinished = chain.end < size and lost is None and reader.is_unfinished(chain.end, chain.last)
         if chain.end < size and not is_unfinished:
             _check_nothing_follows(path, reader, chain)
+    if lost is not None:
+        _tell_of_loss(path, chain, lost, tell)
     if chain.end < size:
         _cut(path, chain, is_unfinished, index, tell)
     return Index(index.entries, chain.end, chain.last, index.saved) if chain.end > len(MAGIC) else None
@@ -74,9 +83,9 @@ def sweep(blob_dir: Path) -> int:
     return swept
 
 
-def _read(path: Path, reader: ChainReader, tell: Tell) -> tuple[Index, Chain]:
+def _read(path: Path, reader: ChainReader, known: Index | None, tell: Tell) -> tuple[Index, Chain]:
     """Returns the index up to the end of the chain, and the chain."""
-    index = read_index(path, reader) or Index(fsIndex(), len(MAGIC), NO_TID, 0)
+    index = known if known is not None and fits(known, reader) else Index(fsIndex(), len(MAGIC), NO_TID, 0)
     unread = reader.size - index.end
     if unread > LONG:
         tell(f"The index of {path} ends early: reading {unread / (1 << 20):,.0f} MiB, which takes a while")
@@ -108,6 +117,26 @@ def _refusal(path: Path, reason: str, **details: int) -> ImageDamaged:
     return ImageDamaged(f"{path} can't be opened: {reason}; {_HELP}", path=str(path), **details)
 
 
+def _emptied(path: Path, known: Index) -> ImageDamaged:
+    reason = (
+        f"it holds no transactions, and its index knows of {known.end:,} bytes up to {known.tid.hex()}; "
+        f"nothing was changed; to begin a new image, delete {index_of(path)}"
+    )
+    return _refusal(path, reason)
+
+
+def _tell_of_loss(path: Path, chain: Chain, lost: Index, tell: Tell) -> None:
+    """Tells of transactions that were acknowledged and are gone, before the index that proves it goes too."""
+    if chain.end == len(MAGIC):
+        raise _emptied(path, lost)
+    tell(
+        f"TRANSACTIONS ARE MISSING: {path} ends with {chain.last.hex()}, and its index knows of others up to "
+        f"{lost.tid.hex()}; look whether a backup has them, before newer ones replace it: ./puter.sh restore"
+    )
+    if chain.end == chain.size:
+        index_of(path).unlink(missing_ok=True)  # else the cut removes it
+
+
 def _cut(path: Path, chain: Chain, is_unfinished: bool, index: Index, tell: Tell) -> None:
     """Cuts the file where its last sound transaction ends; keeps aside what a kill alone does not leave."""
     lost = chain.size - chain.end
@@ -137,7 +166,7 @@ def _keep_aside(path: Path, chain: Chain) -> Path:
             target.flush()
             os.fsync(target.fileno())
         draft.rename(kept)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise ImageDamaged(
@@ -161,7 +190,7 @@ def _settle_pack(path: Path, tell: Tell) -> None:
     before, packed = path.with_name(path.name + ".old"), path.with_name(path.name + ".pack")
     if not path.exists() and before.exists() and packed.exists():
         before.rename(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         tell(f"A pack of {path} was interrupted at its end: the image is as it was before; pack it again")
 
 
@@ -170,13 +199,3 @@ def _remove_leftovers(path: Path) -> None:
     names = (path.name + ".pack", index_of(path).name + ".index_tmp", _draft_of_tail(path).name)
     for name in names:
         path.with_name(name).unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Brings renames in a folder to the disk, where the system can."""
-    if os.name == "posix":
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)

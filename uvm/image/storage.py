@@ -189,22 +189,30 @@ def read_index(path: Path, reader: ChainReader) -> Index | None:
     It is whole as it was written, and the transaction that it ends with is in the file, is sound, and lies
     where the index says. Anything else is None: the file is then read from its beginning.
     """
+    found = vouched_index(path)
+    return found if found is not None and fits(found, reader) else None
+
+
+def vouched_index(path: Path) -> Index | None:
+    """Returns the saved index beside an image file if it is whole as it was written, whatever the file holds.
+
+    It is written only of transactions that are on the disk, so it proves that the file had them.
+    """
     file = index_of(path)
     try:
-        tid = _vouched_tid(file, reader.size)
+        tid = _vouched_tid(file)
         loaded = fsIndex.load(str(file)) if tid is not None else None
     except Exception:  # whatever bytes do to an unpickler that imports nothing
         return None
     if type(loaded) is not dict or type(loaded.get("pos")) is not int or tid is None:
         return None
-    found = Index(loaded["index"], loaded["pos"], tid, loaded["pos"])
-    return found if _fits(found, reader) else None
+    return Index(loaded["index"], loaded["pos"], tid, loaded["pos"])
 
 
-def _vouched_tid(file: Path, size_of_image: int) -> bytes | None:
-    """Returns the id that the trailer names where the digest is right and the size is possible."""
+def _vouched_tid(file: Path) -> bytes | None:
+    """Returns the id that the trailer names where the digest is right."""
     size = file.stat().st_size
-    if not _TRAILER < size <= size_of_image + _PIECE:
+    if size <= _TRAILER:
         return None
     digest = hashlib.sha256()
     with file.open("rb") as stream:
@@ -221,7 +229,7 @@ def _vouched_tid(file: Path, size_of_image: int) -> bytes | None:
         return stream.read(8) if mark == _MARK else None
 
 
-def _fits(index: Index, reader: ChainReader) -> bool:
+def fits(index: Index, reader: ChainReader) -> bool:
     """Returns whether the transaction that it ends with is there, and its records are in the index."""
     if not len(MAGIC) < index.end <= reader.size:
         return False

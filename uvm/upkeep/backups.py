@@ -8,6 +8,7 @@ backup sweeps it away. Blob files lie in `blobs/`, once for all backups.
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import hashlib
 import os
 import re
@@ -16,7 +17,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from ZODB.FileStorage.format import CorruptedError
 from ZODB.POSException import POSError
 from ZODB.scripts import repozo
 
+from uvm.disk import sync_folder
 from uvm.errors import NoBackup, NotVerified, ResourceExhausted, UpkeepBusy, UpkeepError
 from uvm.image.defused import defuse
 from uvm.upkeep import files
@@ -35,6 +37,7 @@ from uvm.upkeep.verify import Report, Tell, verify
 MARKER = "batos-backups.json"
 SCRATCH = "scratch-"
 _CHUNK = 1 << 20
+_NO_LOCK = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}
 _PARTS = re.compile(r"(\d{4}(?:-\d\d){5})\.(fs|deltafs|dat|index|json)")
 _UNREADABLE = (
     POSError,
@@ -57,6 +60,23 @@ class Backups:
     def __init__(self, folder: Path, tell: Tell = lambda _: None) -> None:
         self.folder = folder
         self._tell = tell
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds the folder, so that no backup begins in it, which would sweep it.
+
+        A folder that is read-only, or somebody else's, is read without.
+
+        Raises:
+            UpkeepBusy: somebody else holds it.
+        """
+        with ExitStack() as held:
+            try:
+                held.enter_context(files.alone(self.folder / ".lock", "backup into this folder"))
+            except OSError as error:
+                if error.errno not in _NO_LOCK:
+                    raise
+            yield
 
     def kept(self) -> list[Backup]:
         """Returns the backups that count, the oldest first."""
@@ -82,7 +102,7 @@ class Backups:
         return backups[-1]
 
     def unpack(self, backup: Backup, into: Path) -> None:
-        """Restores the image file of a backup, and its index, comparing each part with its sum.
+        """Restores the image file of a backup, comparing each part with its sum; the caller holds the folder.
 
         Raises:
             NotVerified: a part is missing or damaged.
@@ -93,29 +113,51 @@ class Backups:
                 self._append(one, file)
             file.flush()
             os.fsync(file.fileno())
-        index = self.folder / f"{backup.stamp}.index"
-        if index.is_file():
-            files.copy(index, Path(f"{into}.index"))
+
+    def unpack_blobs(self, backup: Backup, into: Path) -> None:
+        """Copies the blob files of a backup, comparing each with its sum; the caller holds the folder.
+
+        Raises:
+            NotVerified: one is missing or damaged.
+        """
+        try:
+            sums = files.copy_blobs(self.folder / "blobs", into, backup.blobs)
+        except FileNotFoundError as error:
+            raise NotVerified(f"{error.filename} is missing", problems=[str(error.filename)]) from None
+        for name, known in backup.sums.items():
+            if sums.get(name, known) != known:
+                raise NotVerified(f"blob {name} is damaged; use another backup", problems=[name])
 
     def check(self, backup: Backup) -> Report:
         """Verifies a backup by restoring it into a scratch folder; returns what it holds.
 
         Raises:
             NotVerified: it does not restore, or what it restores is not sound.
+            UpkeepBusy: a backup into this folder, or another verification, is under way.
         """
+        with self.alone():
+            return self._check(backup)
+
+    def _check(self, backup: Backup) -> Report:
         with self._scratch() as scratch:
             self.unpack(backup, scratch / "image.fs")
             report = verify(scratch / "image.fs", self.folder / "blobs", self._tell)
         problems = list(report.problems)
-        problems += [f"blob {name} is missing" for name in self._missing_blobs(backup)]
+        problems += self._problems_of_blobs(backup)
         problems += ["it ends within a transaction"] * bool(report.unfinished)
         if problems:
             raise NotVerified(f"backup {backup.stamp} does not verify: {problems[0]}", problems=problems)
         return report
 
-    def _missing_blobs(self, backup: Backup) -> list[str]:
-        present = files.blob_files(self.folder / "blobs")
-        return [name for name, size in backup.blobs.items() if present.get(name) != size]
+    def _problems_of_blobs(self, backup: Backup) -> list[str]:
+        store = self.folder / "blobs"
+        present = files.blob_files(store)
+        missing = [name for name, size in backup.blobs.items() if present.get(name) != size]
+        whole = (backup.sums.keys() & backup.blobs.keys()) - set(missing)
+        damaged = [name for name in sorted(whole) if files.sum_of(store / name) != backup.sums[name]]
+        return [f"blob {name} is missing" for name in missing] + [
+            f"blob {name} is damaged; the next backup copies it anew" for name in damaged
+        ]
 
     def _chain(self, backup: Backup) -> list[Backup]:
         """Returns the backups that one consists of, itself the last; it need not count yet."""
@@ -208,13 +250,13 @@ class Backups:
     def _attempt(self, image: Path, blob_dir: Path, last: Backup | None) -> Backup:
         """Makes one backup after `last`, or a full one; leaves nothing where it fails."""
         stamp = self._next_stamp()
-        self._check_space(image, last)
+        self._check_space(image, blob_dir, last)
         try:
             written = self._copy_image(image, stamp, last)
             self._tell("copying blobs")
-            blobs = self._copy_blobs(blob_dir)
-            files.sync_folder(self.folder)
-            return self._verified(replace(written, blobs=blobs))
+            blobs, sums = self._copy_blobs(blob_dir)
+            sync_folder(self.folder)
+            return self._verified(replace(written, blobs=blobs, sums=sums))
         except BaseException:
             for path in self.folder.glob(f"{stamp}.*"):
                 path.unlink()
@@ -222,23 +264,23 @@ class Backups:
             raise
 
     def _next_stamp(self) -> str:
-        """Returns now, or a second after the newest backup where the clock says that it was later."""
+        """Returns now, or a second after the newest backup where the clock says that it was later.
+
+        Files of a backup whose manifest can't be read have their stamp too.
+        """
         now = dt.datetime.now(dt.UTC).strftime(STAMP)
-        newest = max((backup.stamp for backup in self.kept()), default="")
+        parts = (_PARTS.fullmatch(name) for name in os.listdir(self.folder))
+        newest = max((found[1] for found in parts if found), default="")
         if now > newest:
             return now
         return (dt.datetime.strptime(newest, STAMP) + dt.timedelta(seconds=1)).strftime(STAMP)
 
-    def _check_space(self, image: Path, last: Backup | None) -> None:
+    def _check_space(self, image: Path, blob_dir: Path, last: Backup | None) -> None:
         size = image.stat().st_size
         needed = 2 * size - (last.bytes if last is not None else 0)  # the backup, and a copy to verify it
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise ResourceExhausted(
-                f"backup into {self.folder}: it needs {needed} bytes, {free} are free; make room",
-                resource="disk",
-                path=str(self.folder),
-            )
+        present = files.blob_files(self.folder / "blobs")
+        new = {name: size for name, size in files.blob_files(blob_dir).items() if present.get(name) != size}
+        files.check_space(self.folder, needed + sum(new.values()), f"backup into {self.folder}")
 
     def _copy_image(self, image: Path, stamp: str, last: Backup | None) -> Backup:
         """Lets repozo copy what is new; returns an unverified backup, `last` where nothing is."""
@@ -260,18 +302,20 @@ class Backups:
         _, start, end, md5 = line.rsplit(None, 3)
         return Backup(stamp, chain, int(start), int(end), md5, "", 0, 0, {}, 0.0)
 
-    def _copy_blobs(self, blob_dir: Path) -> dict[str, int]:
-        names = files.blob_files(blob_dir) if blob_dir.is_dir() else {}
-        present = {}
-        for name, size in names.items():
+    def _copy_blobs(self, blob_dir: Path) -> tuple[dict[str, int], dict[str, str]]:
+        """Returns sizes and sums of the blob files, which are all in the folder then."""
+        known = {name: one for backup in self.kept() for name, one in backup.sums.items()}
+        present: dict[str, int] = {}
+        sums: dict[str, str] = {}
+        for name, size in files.blob_files(blob_dir).items():
             with suppress(FileNotFoundError):  # of a transaction that was aborted meanwhile
-                files.copy_blobs(blob_dir, self.folder / "blobs", {name: size})
+                sums |= files.copy_blobs(blob_dir, self.folder / "blobs", {name: size}, known)
                 present[name] = size
-        return present
+        return present, sums
 
     def _verified(self, backup: Backup) -> Backup:
         """Verifies a backup, and lets it count."""
-        report = self.check(backup)
+        report = self._check(backup)
         sound = replace(
             backup,
             transaction_id=report.transaction_id,
@@ -291,7 +335,7 @@ class Backups:
         for backup in reversed(gone):
             (self.folder / f"{backup.stamp}.json").unlink()
         if gone:
-            files.sync_folder(self.folder)
+            sync_folder(self.folder)
             self._sweep()
         named = {name for backup in self.kept() for name in backup.blobs}
         for name in files.blob_files(self.folder / "blobs").keys() - named:

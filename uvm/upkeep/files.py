@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from zc.lockfile import LockError, LockFile
 
-from uvm.errors import ResourceExhausted, UpkeepBusy, UpkeepError
+from uvm.disk import sync_folder
+from uvm.errors import BatosError, ResourceExhausted, UpkeepBusy, UpkeepError
+from uvm.pressure import exhausted
 
 PART = ".part"  # ends the name of a file that is not whole yet
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
-
-
-def exhausted(error: OSError, what: str) -> ResourceExhausted | UpkeepError:
-    """Returns what an error of the system means for `what`, in one line."""
-    path = str(error.filename or "")
-    where = f" ({path})" if path else ""
-    if error.errno in _FULL:
-        return ResourceExhausted(
-            f"{what}: no space left{where}; make room and try again", resource="disk", path=path
-        )
-    if error.errno == errno.EROFS:
-        return ResourceExhausted(
-            f"{what}: the file system is read-only{where}; mount it for writing",
-            resource="read_only",
-            path=path,
-        )
-    if error.errno in _DESCRIPTORS:
-        return ResourceExhausted(
-            f"{what}: no descriptors left; close files or raise `ulimit -n`", resource="descriptors"
-        )
-    return UpkeepError(f"{what}: {error.strerror or error}{where}", path=path)
+_PIECE = 1 << 20
 
 
 @contextmanager
 def typed_errors(what: str) -> Iterator[None]:
-    """Turns errors of the system into errors of the tree."""
+    """Turns errors of the system into errors of the tree, which name what failed by it."""
     try:
         yield
-    except OSError as error:
-        raise exhausted(error, what) from error
+    except BatosError:
+        raise
+    except Exception as error:
+        if (pressed := exhausted(error)) is not None:
+            path = pressed.details.get("path")
+            where = f" ({path})" if path else ""
+            raise ResourceExhausted(f"{what}: {pressed}{where}", **pressed.details) from error
+        if not isinstance(error, OSError):
+            raise
+        path = str(error.filename or "")
+        where = f" ({path})" if path else ""
+        raise UpkeepError(f"{what}: {error.strerror or error}{where}", path=path) from error
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuses what will need so many bytes in a folder, where they are not free.
+
+    Raises:
+        ResourceExhausted: they are not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceExhausted(
+            f"{what}: it needs {needed:,} bytes, {free:,} are free; make room and try again",
+            resource="disk",
+            path=str(folder),
+        )
 
 
 @contextmanager
@@ -72,30 +77,20 @@ def image_lock(image: Path) -> Path:
     return Path(f"{image}.upkeep.lock")
 
 
-def sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk, where the system can."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def copy(source: Path, target: Path) -> str:
+    """Copies a file; `target` has its name only when it is whole and on disk.
 
-
-def sync_file(path: Path) -> None:
-    """Brings a file to the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def copy(source: Path, target: Path) -> None:
-    """Copies a file; `target` has its name only when it is whole and on disk."""
+    Returns:
+        The SHA-256 of what was read, in hex digits.
+    """
     part = target.with_name(target.name + PART)
     target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
     try:
         with source.open("rb") as reading, part.open("wb") as writing:
-            shutil.copyfileobj(reading, writing, 1 << 20)
+            while piece := reading.read(_PIECE):
+                digest.update(piece)
+                writing.write(piece)
             writing.flush()
             os.fsync(writing.fileno())
         os.replace(part, target)
@@ -103,6 +98,13 @@ def copy(source: Path, target: Path) -> None:
         part.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+    return digest.hexdigest()
+
+
+def sum_of(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -135,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Returns what `write_json` wrote; None where there is no such file, or not a whole one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):  # the last: brackets in brackets
         return None
     return value if isinstance(value, dict) else None
 
@@ -153,21 +155,31 @@ def blob_files(folder: Path) -> dict[str, int]:
     return found
 
 
-def copy_blobs(source: Path, target: Path, names: dict[str, int]) -> int:
-    """Copies the blob files that `target` does not have; returns how many bytes it copied.
+def copy_blobs(
+    source: Path, target: Path, names: dict[str, int], known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Copies the blob files that `target` does not have, or has damaged.
 
-    Blob files never change, so one of the same name and size is the same.
+    Blob files never change, so one of the same name, size and sum is the same.
+
+    Args:
+        names: relative name -> size in bytes.
+        known: relative name -> SHA-256 that a file in `target` should have; without one, the size decides.
+
+    Returns:
+        Relative name -> SHA-256.
     """
-    copied = 0
+    sums: dict[str, str] = {}
     for name, size in names.items():
         place = target / name
-        if not place.is_file() or place.stat().st_size != size:
-            copy(source / name, place)
-            copied += size
+        if place.is_file() and place.stat().st_size == size:
+            sums[name] = sum_of(place)
+        if name not in sums or sums[name] != (known or {}).get(name, sums[name]):
+            sums[name] = copy(source / name, place)
     layout = source / ".layout"
     if names and layout.is_file() and not (target / ".layout").exists():
         copy(layout, target / ".layout")
-    return copied
+    return sums
 
 
 def prune_folders(folder: Path) -> None:

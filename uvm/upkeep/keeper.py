@@ -21,6 +21,7 @@ from uvm.image.image import LivingImage, blocking
 from uvm.upkeep import files, packs
 from uvm.upkeep.backups import Backups
 from uvm.upkeep.ledger import Ledger
+from uvm.upkeep.manifests import Backup
 
 KINDS = ("backup", "pack")
 PAUSE_S = 60.0  # at least so long after the start, and between two tries
@@ -87,6 +88,11 @@ class Keeper:
         """Returns what `status` tells: kind -> `{last, bytes?, verified?, error?}`, times in Unix seconds."""
         shown = ("last", "verified", "bytes", "error")
         entries = {what: self._ledger.told(what) for what in KINDS}
+        newest = self._newest()
+        if newest is not None and newest.verified > (entries["backup"]["last"] or 0.0):  # made on command
+            entries["backup"] |= {"last": newest.verified, "verified": newest.verified, "bytes": newest.bytes}
+            if newest.verified > entries["backup"]["tried"]:
+                entries["backup"].pop("error", None)
         return {
             what: {name: entry[name] for name in shown if name in entry} for what, entry in entries.items()
         }
@@ -115,6 +121,10 @@ class Keeper:
             except BatosError as error:
                 await self._failed(what, error)
                 raise
+            except Exception as error:  # nobody thought of it; the schedule goes on all the same
+                strange = UpkeepError(f"{type(error).__name__}: {error!s:.300}; see ./puter.sh verify")
+                await self._failed(what, strange)
+                raise strange from error
             seconds = round(time.monotonic() - began, 3)
             self._told.pop(what, None)
             await self._note(lambda: self._ledger.done(what, result))
@@ -140,23 +150,43 @@ class Keeper:
 
     async def _keep(self, what: str, interval: float) -> None:
         while True:
-            await asyncio.sleep(await asyncio.to_thread(self._wait, what, interval))
-            with suppress(BatosError, OSError):  # it was told and logged; the log itself may have no room
+            await asyncio.sleep(await self._pause(what, interval))
+            with suppress(Exception):  # it was told and logged, unless it is the log itself that fails
                 await self.do(what)
+
+    async def _pause(self, what: str, interval: float) -> float:
+        """Returns the seconds to wait; where due times can't be told, the whole interval."""
+        about = f"when the next {what} is due"
+        try:
+            pause = await asyncio.to_thread(self._wait, what, interval)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error!s:.300}"
+            if self._told.get(about) != text:
+                self._told[about] = text
+                self._say(f"It can't be told {about} ({text}): in {interval:g} s")
+            return interval
+        self._told.pop(about, None)
+        return pause
 
     def _wait(self, what: str, interval: float) -> float:
         """Returns the seconds until the next one is due, some more so that several kernels do not meet."""
         entry = self._ledger.told(what)
         last = entry["last"] or 0.0
         if what == "backup":
-            with suppress(OSError):  # a folder that can't be read; the backup will tell
-                last = max([last, *(backup.verified for backup in self._backups.kept()[-1:])])
+            newest = self._newest()
+            last = max(last, newest.verified if newest is not None else 0.0)
         due = last + interval
         if entry["failures"]:
             due = min(due, entry["tried"]) + min(interval, PAUSE_S * 2 ** min(entry["failures"], 20))
         now = time.time()
         wait = min(max(due - now, PAUSE_S), interval)  # also where the clock was set back
         return wait + random.uniform(0, min(wait, PAUSE_S) / 10)
+
+    def _newest(self) -> Backup | None:
+        """Returns the newest backup; None for a folder that can't be read, which the next one will tell."""
+        with suppress(OSError):
+            return next(reversed(self._backups.kept()), None)
+        return None
 
     async def _backup(self) -> dict[str, Any]:
         result = await self._run("backup")

@@ -9,6 +9,7 @@ from typing import Any
 from uvm.upkeep import files
 
 _NOTHING: dict[str, Any] = {"last": None, "tried": 0.0, "failures": 0}
+_NEVER = 1e12  # no clock shows so many seconds, and nothing fails so often
 
 
 class Ledger:
@@ -23,7 +24,7 @@ class Ledger:
         known = kept if isinstance(kept, dict) else {}
         entry = _NOTHING | known
         numbers = (entry["last"] or 0.0, entry["tried"], entry["failures"])
-        sound = all(isinstance(number, (int, float)) for number in numbers)
+        sound = all(isinstance(number, (int, float)) and 0 <= number < _NEVER for number in numbers)
         return entry if sound else dict(_NOTHING)
 
     def done(self, what: str, result: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from uvm.upkeep import files
 
 STAMP = "%Y-%m-%d-%H-%M-%S"
+_NEVER = 1e12  # Unix seconds that no clock shows
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Backup:
         transaction_id: the last transaction in it.
         blobs: the blob files that belong to it: relative name -> size in bytes.
         verified: Unix seconds of the last time that a restored copy of it was verified.
+        sums: of the blob files: relative name -> SHA-256; of older manifests, none.
     """
 
     stamp: str
@@ -37,6 +38,7 @@ class Backup:
     objects: int
     blobs: dict[str, int] = field(repr=False)
     verified: float
+    sums: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def full(self) -> bool:
@@ -46,11 +48,6 @@ class Backup:
     def file(self) -> str:
         """Name of its file in the folder."""
         return f"{self.stamp}.{'fs' if self.full else 'deltafs'}"
-
-    @property
-    def made(self) -> float:
-        """Unix seconds."""
-        return dt.datetime.strptime(self.stamp, STAMP).replace(tzinfo=dt.UTC).timestamp()
 
     def told(self) -> str:
         """Returns one line about it."""
@@ -63,11 +60,31 @@ class Backup:
 
 
 def read(path: Path) -> Backup | None:
-    """Returns the backup of a manifest; None where it can't be read."""
+    """Returns the backup of a manifest; None where it can't be read, or is none."""
     try:
-        return Backup(**(files.read_json(path) or {}))
+        found = Backup(**(files.read_json(path) or {}))
     except TypeError:
         return None
+    return found if _is_sound(found) else None
+
+
+def _is_sound(backup: Backup) -> bool:
+    """Returns whether each value is of its kind; a manifest may be damaged as any file may be."""
+    texts = (backup.stamp, backup.chain, backup.md5, backup.transaction_id)
+    numbers = (backup.start, backup.bytes, backup.transactions, backup.objects)
+    return (
+        all(type(text) is str for text in texts)
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and type(backup.verified) in (int, float)
+        and 0 <= backup.verified < _NEVER
+        and _is_map(backup.blobs, int)
+        and _is_map(backup.sums, str)
+    )
+
+
+def _is_map(value: object, kind: type) -> bool:
+    """Returns whether names of blob files have values of one kind."""
+    return isinstance(value, dict) and all(type(one) is kind for one in value.values())
 
 
 def write_dat(folder: Path, chain: list[Backup]) -> None:

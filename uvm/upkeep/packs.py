@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ZODB.TimeStamp import TimeStamp
+
 from uvm.errors import NotVerified, UpkeepError
 from uvm.image.image import LivingImage
 from uvm.upkeep import files
@@ -34,15 +36,24 @@ def pack(image: LivingImage, days: float) -> Packed:
     """Packs an open image; blocks for long, while other threads go on.
 
     Args:
-        days: versions replaced in the last so many days stay.
+        days: versions replaced in the last so many days, before now or the newest transaction, stay.
 
     Raises:
         UpkeepError, ResourceExhausted: the image is as it was.
     """
-    before, until = image.size(), time.time() - days * DAY_S
+    before, until = image.size(), _now(image) - days * DAY_S
     with files.typed_errors(f"packing {image.location}"):
         image.pack(until)
     return Packed(before, image.size(), until)
+
+
+def _now(image: LivingImage) -> float:
+    """Returns the time, in Unix seconds, or that of the newest transaction where the clock is ahead of it.
+
+    A clock that was set a year ahead must not make all of the history old.
+    """
+    newest = TimeStamp(bytes.fromhex(image.last_transaction())).timeTime()
+    return min(time.time(), float(newest) + 1)
 
 
 def left(image: Path) -> bool:
@@ -64,8 +75,12 @@ def unverified(image: Path, error: NotVerified) -> UpkeepError:
     )
 
 
-def pack_closed(image: Path, blob_dir: Path, days: float, tell: Tell) -> Packed:
+def pack_closed(image: Path, blob_dir: Path, days: float, tell: Tell, say: Tell) -> Packed:
     """Packs an image that no kernel has open, verifies it, and removes the file before.
+
+    Args:
+        tell: told which phase begins.
+        say: told what was found, and mended, when the image was opened.
 
     Raises:
         ImageLocked: a kernel has it open.
@@ -75,7 +90,7 @@ def pack_closed(image: Path, blob_dir: Path, days: float, tell: Tell) -> Packed:
     if not image.is_file():
         raise UpkeepError(f"there is no living image at {image} yet; start the kernel once")
     living = LivingImage(str(image), blob_dir)
-    living.open()
+    living.open(say)
     try:
         with files.alone(files.image_lock(image), "upkeep of this image"):
             if left(image):

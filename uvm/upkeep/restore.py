@@ -16,6 +16,7 @@ from pathlib import Path
 
 from zc.lockfile import LockError, LockFile
 
+from uvm.disk import sync_folder
 from uvm.errors import ImageLocked, UpkeepError
 from uvm.upkeep import files
 from uvm.upkeep.backups import Backups
@@ -47,22 +48,32 @@ def restore(
         NoBackup: there is none.
         ImageLocked: a kernel has the image open.
         NotVerified: the backup does not verify; nothing was changed.
+        UpkeepBusy: other upkeep of this image, or of these backups, is under way.
         ResourceExhausted, UpkeepError: nothing was changed, or the image is the new one already.
     """
-    backup = backups.newest(until)
+    backups.newest(until)
     with files.typed_errors(f"restoring {image}"):
         image.parent.mkdir(parents=True, exist_ok=True)
         with _locked(image), files.alone(files.image_lock(image), "upkeep of this image"):
             _sweep(image)
             scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{image.name}-", dir=image.parent))
             try:
-                backups.unpack(backup, scratch / image.name)
-                store = backups.folder / "blobs"
-                verify(scratch / image.name, store, tell).check()
-                files.copy_blobs(store, scratch / "blobs", backup.blobs)
+                with backups.alone():
+                    backup = _unpacked(backups, until, scratch / image.name, tell)
                 return _exchange(backup, scratch, image, blob_dir)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _unpacked(backups: Backups, until: str | None, into: Path, tell: Tell) -> Backup:
+    """Restores a backup, verified, into a scratch folder; returns which."""
+    backup = backups.newest(until)  # as it is now that nobody prunes them
+    needed = backup.bytes + sum(backup.blobs.values())
+    files.check_space(into.parent, needed, f"restoring backup {backup.stamp}")
+    backups.unpack(backup, into)
+    verify(into, backups.folder / "blobs", tell, save_index=True).check()
+    backups.unpack_blobs(backup, into.parent / "blobs")
+    return backup
 
 
 @contextmanager
@@ -101,7 +112,7 @@ def _exchange(backup: Backup, scratch: Path, image: Path, blob_dir: Path) -> Res
         _place_blobs(scratch / "blobs", blob_dir, backup.blobs)
     Path(f"{image}.index").unlink(missing_ok=True)  # of the image before; without one it is only slower
     os.replace(scratch / image.name, image)
-    files.sync_folder(image.parent)
+    sync_folder(image.parent)
     with suppress(FileNotFoundError):
         os.replace(scratch / f"{image.name}.index", f"{image}.index")
     for name in before.keys() - backup.blobs.keys():
@@ -124,7 +135,7 @@ def _place_blobs(source: Path, blob_dir: Path, names: dict[str, int]) -> None:
         if not place.is_file() or place.stat().st_size != size:
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source / name, place)
-            files.sync_folder(place.parent)
+            sync_folder(place.parent)
     layout = source / ".layout"
     if layout.exists() and not (blob_dir / ".layout").exists():
         os.replace(layout, blob_dir / ".layout")

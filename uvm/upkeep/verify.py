@@ -6,6 +6,7 @@ imported or called but what the allow-list knows, as in the kernel.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ from typing import Any
 from transaction import TransactionManager
 from ZODB.blob import FilesystemHelper
 from ZODB.FileStorage import FileStorage
+from ZODB.fsIndex import fsIndex
 from ZODB.serialize import referencesf
 from ZODB.utils import load_current, z64
 
 from uvm.errors import NotVerified
 from uvm.image import allowed
+from uvm.image.chain import ChainReader
 from uvm.image.defused import defuse
 from uvm.image.loading import Database
+from uvm.image.storage import read_index, write_index
 from uvm.upkeep.walk import Walk, walk
 
 ATTEMPTS = 3  # a pack that puts another file in this one's place makes it begin anew
@@ -78,25 +82,26 @@ class Report:
         return self
 
 
-def verify(path: Path, blob_dir: Path, tell: Tell = lambda _: None) -> Report:
+def verify(path: Path, blob_dir: Path, tell: Tell = lambda _: None, *, save_index: bool = False) -> Report:
     """Returns what is in an image file, and what is wrong with it.
 
     Args:
         blob_dir: where its blob files are.
         tell: told how far it is.
+        save_index: whether to write the index of a sound file, of which nobody else may know yet.
 
     Raises:
         OSError: the file can't be opened or read.
     """
     for _ in range(ATTEMPTS):
         file = path.stat().st_ino
-        report = _verify(path, blob_dir, tell)
+        report = _verify(path, blob_dir, tell, save_index)
         if path.stat().st_ino == file:
             break
     return report
 
 
-def _verify(path: Path, blob_dir: Path, tell: Tell) -> Report:
+def _verify(path: Path, blob_dir: Path, tell: Tell, save_index: bool) -> Report:
     began = time.monotonic()
     tell("reading the transactions")
     found = walk(path)
@@ -104,6 +109,9 @@ def _verify(path: Path, blob_dir: Path, tell: Tell) -> Report:
     if not found.problems:
         _check_blobs(found, blob_dir)
         undone = _Objects(path, found, tell).check()
+    if save_index and not found.problems:
+        parts = [(prefix, bucket.toString()) for prefix, bucket in found.index._data.items()]
+        write_index(path, found.end, bytes.fromhex(found.last), parts)
     return Report(
         path=path,
         transactions=found.transactions,
@@ -126,6 +134,18 @@ def _check_blobs(found: Walk, blob_dir: Path) -> None:
             found.complain(f"blob file of object {oid.hex()}, transaction {tid.hex()}, is missing")
 
 
+class _Beside(FileStorage):  # type: ignore[misc]
+    """The file, read-only, by the index of the walk: the one beside it may be anything."""
+
+    def __init__(self, path: Path, found: Walk) -> None:
+        self._walked = found
+        super().__init__(str(path), read_only=True)
+
+    def _restore_index(self) -> tuple[Any, int, bytes] | None:
+        found = self._walked
+        return (fsIndex(found.index), found.end, bytes.fromhex(found.last)) if found.transactions else None
+
+
 class _Objects:
     """Loads each object as the kernel would, and looks whether what it refers to is there."""
 
@@ -142,23 +162,29 @@ class _Objects:
             self._found.complain("it holds no root object")
             return 0
         defuse()
-        storage = FileStorage(str(self._path), read_only=True)
-        database = None
+        storage = database = None
         try:
-            self._check_index(storage._index)
+            self._check_index()
+            storage = _Beside(self._path, self._found)
             database = Database(storage)
             self._check_all(database.open(TransactionManager(explicit=True)), storage)
         except Exception as error:  # whatever it is, a kernel would meet it too
             self._found.complain(f"it can't be opened: {_told(error)}")
         finally:
-            (database or storage).close()
+            if (opened := database or storage) is not None:
+                opened.close()
         return self._undone
 
-    def _check_index(self, index: Any) -> None:
-        """Compares with the index beside the file, which a kernel would trust."""
-        mine, end = self._found.index, self._found.end
-        strange = sum(1 for oid, place in index.items() if place < end and mine.get(oid) != place)
-        strange += sum(1 for oid in mine if oid not in index)
+    def _check_index(self) -> None:
+        """Compares with the index beside the file where a kernel would trust it, as far as both reach."""
+        with self._path.open("rb", buffering=0) as file:
+            saved = read_index(self._path, ChainReader(file, os.fstat(file.fileno()).st_size))
+        if saved is None:
+            return
+        mine, theirs, end = self._found.index, saved.entries, self._found.end
+        known = ((place, theirs.get(oid, -1)) for oid, place in mine.items() if place < saved.end)
+        strange = sum(1 for place, told in known if told != place and told < end)  # behind the end: newer
+        strange += sum(1 for oid, place in theirs.items() if place < end and oid not in mine)
         if strange:
             self._found.complain(f"its index is wrong about {strange} objects; delete {self._path}.index")
 
