@@ -56,10 +56,9 @@ from uvm.versions import Versions
 
 CODEX = PROJECT / "codex"
 CODE = ("uvm", "terminal", "codex", "evals", "bench", "tests", "docs", ".git", ".venv")
-EXIT_CANNOT_START_YET = 1  # as of a crash: trying again may help
 EXIT_CANNOT_START = 2
 EXIT_IMAGE_CLOSED = 3  # a new start is needed, and helps
-EXIT_TRY_LATER = 75  # the system has run out of something: sysexits.h calls it EX_TEMPFAIL
+EXIT_TRY_LATER = 75  # what is lacking may come back: sysexits.h calls it EX_TEMPFAIL
 EXIT_INTERRUPTED = 130
 THREADS = 8  # for the log, the past and the like; all started with the kernel
 GRACE_S = 3.0
@@ -247,6 +246,7 @@ class Kernel:
             default_persona=settings.DEFAULT_PERSONA_MODEL,
         )
         self._missions = Missions(self._image, psm, self._mission_lane, self._fault)
+        room = Room(_disk_of(settings), settings.MIN_FREE_MIB)
         self._commands = Commands(
             image=self._image,
             messenger=messenger,
@@ -266,7 +266,7 @@ class Kernel:
             log=self._log,
             lane=self._message_lane,
             max_miss_depth=settings.MAX_MISS_DEPTH,
-            room=Room(_disk_of(settings), settings.MIN_FREE_MIB).check,
+            room=room.check,
             control={
                 "ping": self._ping,
                 "status": self._status,
@@ -282,6 +282,7 @@ class Kernel:
             command=(sys.executable, str(PROJECT / "upkeep.py")),
             intervals={"backup": settings.BACKUP_INTERVAL_S, "pack": settings.PACK_INTERVAL_S},
             keep_days=settings.PACK_KEEP_DAYS,
+            room=room.check,
             record=self._log.record,
             say=say,
         )
@@ -420,16 +421,13 @@ def main() -> int:
         settings = Settings()
         settings.HOME.mkdir(parents=True, exist_ok=True)
         return asyncio.run(serve(settings))
-    except ImageUnreachable as error:
-        print(f"[UVM] can't start yet: {_told(error)}", file=sys.stderr, flush=True)
-        return EXIT_CANNOT_START_YET
     except Exception as error:
-        reason = error if isinstance(error, HomeError) else exhausted(error)
+        reason = error if isinstance(error, (HomeError, ImageUnreachable)) else exhausted(error)
         if reason is None:
             raise
         with suppress(OSError):
             print(f"[UVM] can't start: {_told(reason)}", file=sys.stderr, flush=True)
-        return EXIT_TRY_LATER if isinstance(reason, ResourceExhausted) else EXIT_CANNOT_START
+        return EXIT_CANNOT_START if isinstance(reason, HomeError) else EXIT_TRY_LATER
     except KeyboardInterrupt:  # before there was anything to stop
         return EXIT_INTERRUPTED
 

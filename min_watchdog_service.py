@@ -47,7 +47,7 @@ LEAVING = b"q"  # in place of a heartbeat: the kernel was told to shut down
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows ends a process by either
 EXIT_SHUT_DOWN = 0
 EXIT_CANNOT_START = 2  # wrong settings, a missing model, a locked image: trying again changes nothing
-EXIT_TRY_LATER = 75  # a full disk and the like, which pass: no crash, and never a reason to give up
+EXIT_TRY_LATER = 75  # a full disk, a server that is down: it passes, and is never a reason to give up
 TRY_LATER_S = 30.0
 
 

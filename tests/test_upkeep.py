@@ -21,10 +21,11 @@ from evals.kernels import KernelProcess
 from tests.conftest import Start, scripted
 from tests.test_puter import Project
 from tests.upkeep import PROJECT, Home
-from uvm.errors import InvalidField, TransactionNotFound, UpkeepBusy, UpkeepError
+from uvm.errors import InvalidField, ResourceExhausted, TransactionNotFound, UpkeepBusy, UpkeepError
 from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmObject
 from uvm.image.storage import write_index
+from uvm.pressure import Room
 from uvm.upkeep import files, packs
 from uvm.upkeep.backups import Backups
 from uvm.upkeep.keeper import Keeper, Record
@@ -368,7 +369,17 @@ async def test_the_schedule(start_kernel: Start, tmp_path: Path) -> None:
     assert backups(process).check(backups(process).newest()).problems == ()
 
 
-def keeper(home: Home, record: Record, said: list[str], interval: float = 0.05) -> Keeper:
+def plenty(_needed_mib: int) -> None:
+    """The disk has room."""
+
+
+def keeper(
+    home: Home,
+    record: Record,
+    said: list[str],
+    interval: float = 0.05,
+    room: Callable[[int], None] = plenty,
+) -> Keeper:
     return Keeper(
         image=LivingImage(str(home.image), home.blob_dir),
         blob_dir=home.blob_dir,
@@ -377,9 +388,24 @@ def keeper(home: Home, record: Record, said: list[str], interval: float = 0.05) 
         command=("env", f"BATOS_HOME={home.folder}", sys.executable, str(PROJECT / "upkeep.py")),
         intervals={"backup": interval},
         keep_days=30,
+        room=room,
         record=record,
         say=said.append,
     )
+
+
+async def test_a_pack_leaves_the_room_that_is_kept(home: Home) -> None:
+    room = Room(home.folder, 1 << 40)
+
+    async def record(_event: str, **_: Any) -> None: ...
+
+    kept = keeper(home, record, [], room=room.check)
+    kept._image.open()
+    before = home.image.read_bytes()
+    with pytest.raises(ResourceExhausted, match="MIN_FREE_MIB is"):
+        await kept.do("pack", 0)
+    kept._image.close()
+    assert home.image.read_bytes() == before
 
 
 async def test_nothing_ends_the_schedule(home: Home) -> None:

@@ -127,8 +127,11 @@ class Room:
         self._look_at = 0.0
         self._free_mib = 0
 
-    def check(self) -> None:
+    def check(self, needed_mib: int = 0) -> None:
         """Refuses what would write, where there is too little room; looks at most once a second.
+
+        Args:
+            needed_mib: what it writes, beyond the ordinary.
 
         Raises:
             ResourceExhausted: there is.
@@ -140,9 +143,10 @@ class Room:
             told = os.statvfs(self._folder)
             self._free_mib = told.f_bavail * told.f_frsize >> 20
             self._look_at = now + _LOOK_S
-        if self._free_mib < self._least_mib:
+        if self._free_mib < self._least_mib + needed_mib:
+            needed = f", {needed_mib} MiB are needed" * bool(needed_mib)
             raise ResourceExhausted(
-                f"{self._free_mib} MiB are left on the disk, and MIN_FREE_MIB is {self._least_mib}; "
+                f"{self._free_mib} MiB are left on the disk{needed}, and MIN_FREE_MIB is {self._least_mib}; "
                 f"free some space, then try again",
                 resource="disk",
                 path=str(self._folder),

@@ -39,6 +39,7 @@ class Keeper:
         command: the command line of upkeep, to which `backup` or `verify` is added.
         intervals: kind -> seconds from one to the next; 0 is never.
         keep_days: what a pack keeps of the history.
+        room: refuses with `ResourceExhausted` where the image's disk has no room for so many MiB more.
         record: writes a record of the log.
         say: prints a line.
     """
@@ -53,6 +54,7 @@ class Keeper:
         command: Sequence[str],
         intervals: Mapping[str, float],
         keep_days: float,
+        room: Callable[[int], None],
         record: Record,
         say: Callable[[str], None],
     ) -> None:
@@ -63,6 +65,7 @@ class Keeper:
         self._command = command
         self._intervals = intervals
         self._keep_days = keep_days
+        self._room = room
         self._record = record
         self._say = say
         self._tasks: list[asyncio.Task[None]] = []
@@ -197,6 +200,7 @@ class Keeper:
         with files.alone(files.image_lock(image), "upkeep of this image"):
             if packs.left(image):
                 await self._verify(image)
+            self._room(self._image.size() >> 20)  # the packed image is written beside this one
             keep = self._keep_days if days is None else days
             packed = await blocking(lambda: packs.pack(self._image, keep))
             await self._verify(image)
