@@ -13,24 +13,18 @@ import hashlib
 import os
 import re
 import shutil
-import struct
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO
-
-from ZODB.FileStorage.format import CorruptedError
-from ZODB.POSException import POSError
-from ZODB.scripts import repozo
 
 from uvm.disk import sync_folder
 from uvm.errors import NoBackup, NotVerified, ResourceExhausted, UpkeepBusy, UpkeepError
-from uvm.image.defused import defuse
 from uvm.upkeep import files
+from uvm.upkeep.copies import copy_image
 from uvm.upkeep.manifests import STAMP, Backup, read, write_dat
 from uvm.upkeep.verify import Report, Tell, verify
 
@@ -39,15 +33,6 @@ SCRATCH = "scratch-"
 _CHUNK = 1 << 20
 _NO_LOCK = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}
 _PARTS = re.compile(r"(\d{4}(?:-\d\d){5})\.(fs|deltafs|dat|index|json)")
-_UNREADABLE = (
-    POSError,
-    CorruptedError,
-    repozo.RepozoError,
-    AssertionError,
-    KeyError,
-    ValueError,
-    struct.error,
-)
 
 
 class Backups:
@@ -252,7 +237,8 @@ class Backups:
         stamp = self._next_stamp()
         self._check_space(image, blob_dir, last)
         try:
-            written = self._copy_image(image, stamp, last)
+            self._tell(f"copying {image}")
+            written = copy_image(self.folder, image, stamp, [] if last is None else self._chain(last))
             self._tell("copying blobs")
             blobs, sums = self._copy_blobs(blob_dir)
             sync_folder(self.folder)
@@ -281,26 +267,6 @@ class Backups:
         present = files.blob_files(self.folder / "blobs")
         new = {name: size for name, size in files.blob_files(blob_dir).items() if present.get(name) != size}
         files.check_space(self.folder, needed + sum(new.values()), f"backup into {self.folder}")
-
-    def _copy_image(self, image: Path, stamp: str, last: Backup | None) -> Backup:
-        """Lets repozo copy what is new; returns an unverified backup, `last` where nothing is."""
-        self._tell(f"copying {image}")
-        defuse()
-        if last is not None:
-            write_dat(self.folder, self._chain(last))
-        try:
-            repozo.do_backup(_options(self.folder, image, stamp, full=last is None))
-        except _UNREADABLE as error:
-            told = f"{type(error).__name__}: {error!s:.300}"
-            raise UpkeepError(f"{image} can't be copied ({told}); see ./puter.sh verify") from error
-        written = next(iter(self.folder.glob(f"{stamp}.*fs")), None)
-        if written is None:  # nothing has changed
-            assert last is not None
-            return last
-        chain = stamp if written.suffix == ".fs" or last is None else last.chain
-        line = (self.folder / f"{chain}.dat").read_text(encoding="utf-8").splitlines()[-1]
-        _, start, end, md5 = line.rsplit(None, 3)
-        return Backup(stamp, chain, int(start), int(end), md5, "", 0, 0, {}, 0.0)
 
     def _copy_blobs(self, blob_dir: Path) -> tuple[dict[str, int], dict[str, str]]:
         """Returns sizes and sums of the blob files, which are all in the folder then."""
@@ -358,18 +324,3 @@ def _way(folder: Path, image: Path) -> str:
         return Path(os.path.relpath(image.resolve(), folder.resolve())).as_posix()
     except ValueError:  # on another drive
         return str(image.resolve())
-
-
-def _options(folder: Path, image: Path, stamp: str, *, full: bool) -> SimpleNamespace:
-    """Returns what repozo takes its command line for; `test_now` is how it is told the time."""
-    now = tuple(map(int, stamp.split("-")))
-    return SimpleNamespace(
-        file=str(image),
-        repository=str(folder),
-        full=full,
-        quick=False,
-        gzip=False,
-        killold=False,
-        date=None,
-        test_now=now,
-    )
