@@ -82,7 +82,7 @@ class Laboratory:
         psm = self.machine([(None, text) for text in fenced or ["nothing"]], queries, attempts)
 
         def add(txn: Txn) -> dict[str, Any]:
-            checked = MissionBrief.model_validate(brief).model_dump(exclude_unset=True)
+            checked = MissionBrief.model_validate(brief).plain()
             row = journal.add(txn, txn.find(target).oid, checked, "test")
             return journal.start(txn, row.mission_id).record()
 

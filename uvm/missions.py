@@ -124,7 +124,7 @@ class Missions:
         until = self._until(deadline_s)
 
         def add(txn: Txn) -> str:
-            told = brief.model_dump(exclude_unset=True)
+            told = brief.plain()
             return journal.add(txn, target, told, origin, priority=priority, deadline_s=deadline_s).mission_id
 
         self._acknowledging += 1

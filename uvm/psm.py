@@ -159,7 +159,7 @@ class PrototypalStateMachine:
                 history.check_place(target, cycle.brief.selector)
             if cycle.brief.type == "revision":
                 history.own_method(target, cycle.brief.selector)
-        await self._record(cycle, "mission", brief=cycle.brief.model_dump(), persona=cycle.persona)
+        await self._record(cycle, "mission", brief=cycle.brief.plain(), persona=cycle.persona)
         return State.DECOMPOSING
 
     async def _psm_decomposing_process(self, cycle: Cycle) -> State:

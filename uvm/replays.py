@@ -139,7 +139,8 @@ def _callers(txn: Txn, target: UvmObject, selector: str) -> Iterator[Caller]:
             if name not in seen:
                 seen.add(name)
                 wanted.append(name)
-            yield from (Caller(owner, name, Trial.of(stored, stored["origin"])) for stored in method.trials)
+            for stored in history.trials(method):
+                yield Caller(owner, name, Trial.of(stored, stored["origin"]))
 
 
 def _holders(txn: Txn) -> Iterator[UvmObject]:

@@ -20,6 +20,7 @@ from uvm.errors import (
 )
 from uvm.guardian import Finding
 from uvm.hands.calls import Outcome
+from uvm.image import history
 from uvm.image.image import Txn
 from uvm.image.prototypes import UvmObject
 from uvm.messages import Example, MissionBrief
@@ -91,7 +92,7 @@ def trials_of(brief: MissionBrief, sample_args: list[Any] | None, target: UvmObj
 def _remembered(brief: MissionBrief, target: UvmObject) -> list[Trial]:
     """Returns the examples that the replaced method had to satisfy and the brief does not restate."""
     restated = [(example.args, example.kwargs) for example in brief.examples]
-    stored = target.methods()[brief.selector].trials
+    stored = history.trials(target.methods()[brief.selector])
     return [
         Trial.of(trial, "history")
         for trial in stored

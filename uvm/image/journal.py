@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from persistent import Persistent
 
 from uvm.errors import MissionFailed, MissionNotFound
+from uvm.image import values
 from uvm.image.image import Txn
 from uvm.image.shapes import Shape, a, names, tuple_of
 
@@ -76,7 +77,7 @@ class MissionRow(Persistent):
         return {
             "mission_id": self.mission_id,
             "target": self.target,
-            "brief": self.brief,
+            "brief": values.to_plain(self.brief),
             "origin": self.origin,
             "priority": self.priority,
             "state": self.state,
@@ -119,9 +120,12 @@ def add(
     Args:
         priority: a lower one is run sooner.
         deadline_s: seconds after which it fails, from now.
+
+    Raises:
+        ObjectNotFound: the brief refers to an object that is not there.
     """
     mission_id = new_id(txn.missions.maxKey() if txn.missions else "")
-    row = MissionRow(mission_id, target, brief, origin, priority, deadline_s)
+    row = MissionRow(mission_id, target, txn.storable(brief), origin, priority, deadline_s)
     txn.missions[row.mission_id] = row
     txn.root["open_missions"].add(row.mission_id)
     return row
