@@ -301,9 +301,9 @@ class TestCancelling:
         await house.written("slow")
         await house.missions.close()
         later = house.renew()  # a start in safe mode does not resume
-        assert await later.waiting() == 1
+        assert await later.open() == 1
         assert (await later.cancel(mission))["state"] == "cancelled"
-        assert await later.waiting() == 0
+        assert await later.open() == 0
         with pytest.raises(errors.MissionCancelled):
             await later.outcome(mission)
         with pytest.raises(errors.MissionNotFound):

@@ -156,7 +156,8 @@ def test_faults_of_the_kernel_are_read_from_what_it_prints(tmp_path: Path) -> No
     (tmp_path / "run").mkdir()
     trace = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    f()\nKeyError: 7\n'
     (tmp_path / "run" / "kernel.log").write_text(f"[UVM] live\n{trace}[UVM] live\n", encoding="utf-8")
-    assert house.faults() == ["KeyError: 7"]
+    (tmp_path / "run" / "kernel.log.1").write_text(trace.replace("7", "6"), encoding="utf-8")  # moved aside
+    assert house.faults() == ["KeyError: 6", "KeyError: 7"]
 
 
 async def _keep(home: Path, *units: Any) -> None:
@@ -262,6 +263,18 @@ async def test_a_mission_that_was_installed_twice_is_seen(tmp_path: Path) -> Non
 
     await _keep(tmp_path, twice)
     assert "versions" in _faults(_found(tmp_path, _book(tmp_path)))
+
+
+async def test_a_miss_that_was_learned_twice_is_seen(tmp_path: Path) -> None:
+    def twice(txn: Txn) -> None:
+        for _ in range(2):
+            _install(txn, "add_1", _mission(txn, "add_1", "complete"))
+
+    await _keep(tmp_path, twice)
+    book = _book(tmp_path)
+    assert "versions" not in _faults(_found(tmp_path, book))
+    book.missed.add("add_1")
+    assert "versions" in _faults(_found(tmp_path, book))
 
 
 @pytest.mark.parametrize(

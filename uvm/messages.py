@@ -102,7 +102,7 @@ class Example(_Frozen):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """Returns the fields that were given, their values as they are: pydantic's dump makes others of them."""
+        """Returns the fields that were given, their values as they are: pydantic's dump is lossy."""
         return {name: getattr(self, name) for name in sorted(self.model_fields_set)}
 
 

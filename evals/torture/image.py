@@ -121,6 +121,12 @@ class Findings:
                 self.half_installed.append(f"{key}: missions {wanted} are complete, versions are of {found}")
             if len(found) != len(set(found)):
                 self.versions.append(f"{key}: {found}")
+        for target, selector in ((book.pupil, selector) for book in self._books for selector in book.missed):
+            found = installed.get((txn.find(target).oid, selector), [])
+            if len(found) > 1:
+                self.versions.append(
+                    f"{target}.{selector} was missed, and learned by {found}"
+                )
 
     # Objects and slots
 

@@ -56,6 +56,12 @@ def note_holder(txn: Txn, target: UvmObject) -> None:
         holders.add(target.oid)
 
 
+def installed(target: UvmObject, selector: str) -> str:
+    """Returns what differs once the method that `target` itself holds is another: its transaction, or ""."""
+    method = target._slots.get(selector)
+    return method.transaction_id if isinstance(method, UvmMethod) else ""
+
+
 def install(txn: Txn, target: UvmObject, method: UvmMethod) -> None:
     """Puts a method into its target; the version that it replaces becomes its history.
 

@@ -143,8 +143,11 @@ def get(txn: Txn, mission_id: str) -> MissionRow:
     return row  # type: ignore[no-any-return]
 
 
-def start(txn: Txn, mission_id: str) -> MissionRow:
+def start(txn: Txn, mission_id: str, *, mine: bool = False) -> MissionRow:
     """Marks a mission as running and counts the start.
+
+    Args:
+        mine: where it is marked so already, it was by this kernel; else an earlier one died while it ran.
 
     Raises:
         MissionFailed: it is over already; what is complete is never run again.
@@ -152,6 +155,8 @@ def start(txn: Txn, mission_id: str) -> MissionRow:
     row = get(txn, mission_id)
     if row.state not in OPEN:
         raise MissionFailed(f"mission {mission_id} is over already: {row.state}", mission_id=mission_id)
+    if row.state == RUNNING and not mine:
+        row.deaths = (*row.deaths, row.starts)
     row.state = RUNNING
     row.starts += 1
     return row
