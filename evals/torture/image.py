@@ -124,9 +124,7 @@ class Findings:
         for target, selector in ((book.pupil, selector) for book in self._books for selector in book.missed):
             found = installed.get((txn.find(target).oid, selector), [])
             if len(found) > 1:
-                self.versions.append(
-                    f"{target}.{selector} was missed, and learned by {found}"
-                )
+                self.versions.append(f"{target}.{selector} was missed, and learned by {found}")
 
     # Objects and slots
 
