@@ -179,7 +179,7 @@ class Kernel:
         if settings.SAFE_MODE:
             say(
                 f"Safe mode: nothing starts by itself; missions that wait in the journal: "
-                f"{await self._open_missions()}. To leave it: ./puter.sh stop, then ./puter.sh "
+                f"{await self._missions.open()}. To leave it: ./puter.sh stop, then ./puter.sh "
                 "(without BATOS_SAFE_MODE)"
             )
         if self._missions.quarantined:
@@ -337,7 +337,7 @@ class Kernel:
             "uptime_s": round(time.monotonic() - self._started, 3),
             "home": str(self._settings.HOME),
             "safe_mode": self._settings.SAFE_MODE,
-            "open_missions": await self._open_missions(),
+            "open_missions": await self._missions.open(),
             "image": {"location": image.location, "bytes": image.size(), "records": image.records()},
             "models": self._mind.resident(),
             "queue": {lane.name: lane.told() for lane in (self._message_lane, self._mission_lane)},
@@ -345,10 +345,6 @@ class Kernel:
             "upkeep": await asyncio.to_thread(self._upkeep.told),
             "versions": _versions(),
         }
-
-    async def _open_missions(self) -> int:
-        async with self._image.reading() as txn:
-            return len(txn.root["open_missions"])
 
     async def _shutdown(self, _: m.Shutdown) -> Any:
         asyncio.get_running_loop().call_later(0.05, self.stop)  # the reply first

@@ -154,6 +154,7 @@ async def complete(
     with image.view() as txn:
         (row,) = journal.unfinished(txn)
         cycle = _verified(row.record(), source)
+        cycle.base = history.installed(txn.find(TARGET), SELECTOR)
     arm()
     await psm._psm_complete_process(cycle)
 

@@ -120,7 +120,7 @@ class Household:
 
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[Household]:
-    image = LivingImage(str(tmp_path / "live_image.fs"), tmp_path / "blobs")
+    image = LivingImage(str(tmp_path / "live_image.fs"), tmp_path / "blobs", cache_objects=1000)
     image.open()
     await awaken(image)
     hands = HandPool(count=1, timeout_s=5, memory_mib=128)
@@ -278,7 +278,7 @@ class TestCancelling:
     async def test_in_the_queue_and_while_it_is_written(self, house: Household) -> None:
         slow = [await house.begin(f"slow_{n}") for n in range(3)]
         await house.until_state(slow[1], "running")
-        assert (house.lane.running, house.lane.waiting) == (2, 1)
+        await until(lambda: (house.lane.running, house.lane.waiting) == (2, 1))
         for mission in reversed(slow):
             assert (await house.missions.cancel(mission))["state"] == "cancelled"
         assert (house.lane.running, house.lane.waiting) == (0, 0)
@@ -301,9 +301,9 @@ class TestCancelling:
         await house.written("slow")
         await house.missions.close()
         later = house.renew()  # a start in safe mode does not resume
-        assert await later.waiting() == 1
+        assert await later.open() == 1
         assert (await later.cancel(mission))["state"] == "cancelled"
-        assert await later.waiting() == 0
+        assert await later.open() == 0
         with pytest.raises(errors.MissionCancelled):
             await later.outcome(mission)
         with pytest.raises(errors.MissionNotFound):
@@ -447,6 +447,18 @@ class TestOrder:
         await asyncio.gather(*tasks, return_exceptions=True)
         assert (entered, lane.running, lane.waiting) == (["b"], 0, 0)
 
+    async def test_a_waiter_that_gives_up_as_the_place_is_given_back_locks_nobody_out(self) -> None:
+        lane = Lane("things", 1, 9)
+        lane.running = 1
+        waiter = asyncio.create_task(lane._take(0))
+        await turns(1)
+        waiter.cancel()  # it is still counted,
+        lane._give_back()  # but passed over
+        async with asyncio.timeout(10), lane.place():  # before it has gone
+            assert (lane.running, lane.waiting) == (1, 1)
+        await asyncio.gather(waiter, return_exceptions=True)
+        assert (lane.running, lane.waiting, lane._queue) == (0, 0, [])
+
     async def test_ids_rise_where_the_clock_is_set_back(
         self, house: Household, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -504,7 +516,15 @@ class TestJournal:
             assert record["transaction_id"] == method._p_serial.hex() == told["method"]["transaction_id"]
             assert record["method"]["sha256"] == method.sha256
         again = await house.missions.outcome(mission)
-        assert (again["state"], again["method"]["selector"]) == ("COMPLETE", "add")
+        assert {**again, "seconds": 0} == {**told, "seconds": 0}
+        assert again["method"].keys() == {
+            "selector",
+            "parameters",
+            "source",
+            "doc",
+            "sha256",
+            "transaction_id",
+        }
 
 
 @contextlib.contextmanager
@@ -515,6 +535,132 @@ def died(house: Household) -> Iterator[None]:
         yield
     finally:
         journal.interrupt = interrupt
+
+
+async def missed(house: Household, selector: str = "add") -> errors.DoesNotUnderstand:
+    async with house.image.reading() as txn:
+        oid = txn.find("genesis_obj").oid
+    return errors.DoesNotUnderstand("a miss", target=oid, selector=selector, args=[1, 2])
+
+
+class TestPauses:
+    @pytest.fixture(autouse=True)
+    def long(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Pauses last longer than any test."""
+        monkeypatch.setattr(missions, "RETRY_S", 600.0)
+        monkeypatch.setattr(missions, "LONGEST_RETRY_S", 600.0)
+
+    async def paused(self, house: Household, note: str = "unhandled_message") -> str:
+        """Lets a mission of a miss run into a full disk; returns its id."""
+        house.gate.fail(note, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(errors.ResourceExhausted) as told:
+            await house.missions.learn(await missed(house))
+        return str(told.value.details["mission_id"])
+
+    async def test_who_misses_it_meanwhile_ends_the_pause(self, house: Household) -> None:
+        mission = await self.paused(house)
+        plan = house.missions._plan
+        await house.missions.learn(await missed(house))
+        async with house.image.reading() as txn:
+            house.missions._pursue(plan(journal.get(txn, mission)))  # as the end of the pause does
+        await until(lambda: not house.missions._under_way)
+        await house.missions.learn(await missed(house))  # it comes late: it is understood by now
+        assert [row["mission_id"] for row in await house.missions.newest(None, 9)] == [mission]
+        assert (await house.versions(), await house.state(mission)) == (1, "complete")
+
+    async def test_a_mission_under_way_is_not_begun_twice(self, house: Household) -> None:
+        mission = await house.begin("slow")
+        mine = house.missions._under_way[mission]
+        house.missions._pursue(mine.plan)
+        assert house.missions._under_way[mission] is mine
+
+    async def test_an_open_miss_that_was_not_taken_up_is_learned_once(self, house: Household) -> None:
+        house.renew([(None, STALL)])
+        learning = asyncio.ensure_future(house.missions.learn(await missed(house)))
+        await house.written("add")
+        with died(house):
+            await house.missions.close()
+        await asyncio.gather(learning, return_exceptions=True)
+        await house.renew().learn(await missed(house))  # a start in safe mode does not resume
+        (row,) = await house.missions.newest(None, 9)
+        assert (row["state"], row["deaths"], row["starts"]) == ("complete", 1, 2)
+        assert await house.versions() == 1
+
+    async def test_a_kernel_that_is_killed_in_the_pause_did_not_die_of_the_mission(
+        self, house: Household
+    ) -> None:
+        mission = await self.paused(house)
+        assert await house.state(mission) == "queued"
+        with died(house):
+            await house.missions.close()
+        await house.renew().resume()
+        await house.until_state(mission, "complete")
+        assert (await house.missions.record(mission))["deaths"] == 0
+
+    async def test_without_room_for_the_pause_the_stop_says_so(
+        self, house: Household, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        interrupt = journal.interrupt
+
+        def full(*_: object) -> None:
+            monkeypatch.setattr(journal, "interrupt", interrupt)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(journal, "interrupt", full)
+        mission = await self.paused(house)
+        assert await house.state(mission) == "running"
+        await house.missions.close()
+        assert await house.state(mission) == "queued"
+
+    async def test_the_deadline_cuts_the_pause_short(self, house: Household) -> None:
+        house.gate.fail("unhandled_message", OSError(errno.ENOSPC, "No space left on device"))
+        mission = await house.begin(deadline_s=2.0)
+        with pytest.raises(errors.ResourceExhausted):
+            await house.missions.outcome(mission)
+        await house.until_state(mission, "failed")
+        assert (await house.missions.record(mission))["error"]["type"] == "MissionExpired"
+
+    @pytest.mark.parametrize("left_s", [-1.0, 0.0, None])
+    async def test_a_passed_deadline_does_not_make_pauses_none(
+        self, house: Household, left_s: float | None
+    ) -> None:
+        plan = missions._Plan("1", 0, house.missions._until(left_s))
+        assert house.missions._before_deadline(plan, 7.0) == 7.0
+
+    async def test_suspects_do_not_wait_for_what_pauses(self, house: Household) -> None:
+        suspect = await house.begin("slow")
+        await house.written("slow")
+        with died(house):
+            await house.missions.close()
+        brief, target = MissionBrief.model_validate(TAUGHT).plain(), (await missed(house)).target
+        innocent = await house.image.attempt(
+            "acknowledged, not begun", lambda txn: journal.add(txn, target, brief, "test").mission_id
+        )
+        house.renew()
+        house.gate.fail("unhandled_message", OSError(errno.ENOSPC, "No space left on device"))
+        await house.missions.resume()
+        await house.until_state(suspect, "running")
+        assert await house.state(innocent) == "queued"
+        assert house.missions._innocent == set()
+
+    @pytest.mark.parametrize("error", [errors.QueueFull, errors.ResourceExhausted, errors.Conflict])
+    async def test_what_passes_is_no_fault_of_the_method(
+        self, house: Household, monkeypatch: pytest.MonkeyPatch, error: type[errors.BatosError]
+    ) -> None:
+        run = house.lab.hands.run
+
+        async def busy(*_: Any, **__: Any) -> Any:
+            monkeypatch.setattr(house.lab.hands, "run", run)
+            raise error("not now")
+
+        monkeypatch.setattr(house.lab.hands, "run", busy)
+        mission = await house.begin()
+        with pytest.raises(error) as told:
+            await house.missions.outcome(mission)
+        assert told.value.details["mission_id"] == mission
+        assert await house.state(mission) == "queued"
+        assert "deferred" in [event for event, _ in house.lab.events]
+        assert "finding" not in [event for event, _ in house.lab.events]
 
 
 class TestQuarantine:

@@ -1,6 +1,7 @@
 """Missions and the end of kernels: real ones, killed and stopped at every stage. The personas recite."""
 
 import asyncio
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.test_kernel import STALLS, thoughts, until
 from tests.test_missions import becomes_true
 from uvm import errors
 from uvm.client import Kernel
+from uvm.codec import Ref
 
 pytestmark = pytest.mark.slow
 
@@ -161,3 +163,38 @@ async def test_a_kill_while_missions_are_taken_up(start_kernel: Start, tmp_path:
         records = [await reaches(kernel, row["mission_id"], "complete") for row in begun]
         assert records[0]["deaths"] == 1  # that of the kernel before, counted once
         assert [await versions(kernel, f"slow_{n}") for n in range(3)] == [1, 1, 1]
+
+
+async def test_briefs_keep_references_and_numbers_over_a_kill(start_kernel: Start, tmp_path: Path) -> None:
+    process = start_kernel(scripted(tmp_path, [STALLS]))
+    async with process.client() as kernel:
+        await kernel.request("create_object", name="other_obj", slots={"mark": Fraction(1, 3)})
+        other = Ref((await kernel.request("inspect", target_oid="other_obj"))["oid"])
+        example = {"args": [other], "returns": (other, Fraction(1, 3))}
+        row = await kernel.teach("genesis_obj", "slow_pair", ["x"], None, [example], wait=False)
+        await running(process, row["mission_id"])
+    process.kill()
+    right = writes("slow_pair", "def slow_pair(self, x):\n    return (x, x.mark)")
+    changed = writes("slow_pair", "def slow_pair(self, x):\n    '''Pairs.'''\n    return (x, x.mark)")
+    scripted(tmp_path, [*right, *writes("seen", "def seen(self, x):\n    return x.mark"), *changed])
+    process.start()
+    async with process.client() as kernel:
+        record = await reaches(kernel, row["mission_id"], "complete")
+        assert record["brief"]["examples"] == [example]
+        (logged,) = thoughts(process, "mission")[-1]["brief"]["examples"]
+        assert logged["returns"] == [repr(other), "Fraction(1, 3)"]
+        assert await kernel.send("genesis_obj", "seen", other) == Fraction(1, 3)  # a miss, learned
+    process.kill()
+    process.start()
+    async with process.client() as kernel:
+        assert await kernel.send("genesis_obj", "seen", other) == Fraction(1, 3)
+        again = await kernel.teach("genesis_obj", "slow_pair", ["x"], None, [], type="revision")
+        assert again["state"] == "COMPLETE"
+        for selector, trials in (("seen", [[other]]), ("slow_pair", [[other], [other]])):
+            told = await kernel.request("method_history", target_oid="genesis_obj", selector=selector)
+            kept = [one for version in told for one in version["trials"] if one["origin"] != "sample"]
+            assert [one["args"] for one in kept] == trials
+        methods = (await kernel.request("inspect", target_oid="genesis_obj"))["methods"]
+        assert methods["slow_pair"]["trials"][-1]["returns"] == (other, Fraction(1, 3))
+        back = await kernel.request("revert_method", target_oid="genesis_obj", selector="slow_pair")
+        assert back[-1]["trials"] == back[0]["trials"] == [{**example, "kwargs": {}, "origin": "example"}]

@@ -8,10 +8,11 @@ import pytest
 
 from uvm.awakening import CATALOG, awaken, prototype_of
 from uvm.cycle import Cycle
-from uvm.errors import MissionFailed
+from uvm.errors import Conflict, MissionFailed
 from uvm.hands.pool import HandPool
 from uvm.image import history, journal
 from uvm.image.image import LivingImage, Txn
+from uvm.image.prototypes import UvmMethod
 from uvm.memory.embedder import Hashing
 from uvm.memory.fractal import FractalMemory
 from uvm.messages import MissionBrief
@@ -21,6 +22,10 @@ from uvm.mind.backends.scripted import Reply, Scripted
 from uvm.mind.mind import Mind
 from uvm.mind.personas import Persona
 from uvm.psm import PrototypalStateMachine
+from uvm.replays import Replays
+from uvm.trials import TrialRunner
+from uvm.undoing import Undoing
+from uvm.versions import Versions
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +87,7 @@ class Laboratory:
         psm = self.machine([(None, text) for text in fenced or ["nothing"]], queries, attempts)
 
         def add(txn: Txn) -> dict[str, Any]:
-            checked = MissionBrief.model_validate(brief).model_dump(exclude_unset=True)
+            checked = MissionBrief.model_validate(brief).plain()
             row = journal.add(txn, txn.find(target).oid, checked, "test")
             return journal.start(txn, row.mission_id).record()
 
@@ -241,6 +246,75 @@ async def test_a_revision_must_keep_the_examples_of_old(lab: Laboratory) -> None
     assert "a * b" in await lab.source("add")
     async with lab.image.reading() as txn:
         assert len(history.versions(history.own_method(txn.find("genesis_obj"), "add"))) == 2
+
+
+TIMES = "def add(self, a, b):\n    return a * b if a > 1 else a + b"
+WISH = {**TAUGHT, "type": "revision", "description": "Else.", "examples": [{"args": [2, 4], "returns": 8}]}
+
+
+def overtaking(lab: Laboratory, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
+    """Has another version of `add` installed, so many times, just before a commit that brings one."""
+    embed, left = FractalMemory.embed, [times]
+    trial = {"args": [3, 3], "kwargs": {}, "origin": "example", "returns": 6}
+
+    def install(txn: Txn) -> None:
+        told = {"mission_id": f"other {left[0]}"}
+        method = UvmMethod("add", ("a", "b"), f"{ADD}\n", "", told, [trial])
+        history.install(txn, txn.find("genesis_obj"), method)
+
+    async def overtaken(memory: FractalMemory, texts: list[str]) -> Any:
+        if left[0]:
+            await lab.image.attempt("another version", install)
+            left[0] -= 1
+        return await embed(memory, texts)
+
+    monkeypatch.setattr(FractalMemory, "embed", overtaken)
+
+
+async def test_a_version_that_came_meanwhile_is_tried_against(
+    lab: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await lab.cycle(TAUGHT, ADD)
+    overtaking(lab, monkeypatch)
+    cycle = await lab.cycle(WISH, TIMES, TIMES.replace("a * b", "a * b - (a == b == 3) * 3"))
+    assert cycle.attempts == 2
+    assert lab.findings() == ["self.add(3, 3) must return 6, but it returned 9."]
+    assert [event for event, _ in lab.events].count("overtaken") == 1
+    async with lab.image.reading() as txn:
+        told = history.versions(history.own_method(txn.find("genesis_obj"), "add"))
+    assert [len(row["trials"]) for row in told] == [1, 1, 2]
+    assert told[-1]["transaction_id"] == cycle.transaction_id
+
+
+async def test_a_method_that_changes_all_the_time_is_left_for_later(
+    lab: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await lab.cycle(TAUGHT, ADD)
+    overtaking(lab, monkeypatch, times=99)
+    monkeypatch.setattr("uvm.psm.MAX_OVERTAKEN", 2)
+    seven = "def add(self, a, b):\n    return 7 if a == 3 else a + b"
+    with pytest.raises(Conflict, match="changes all the time"):
+        await lab.cycle({**WISH, "examples": [{"args": [3, 3], "returns": 7}]}, seven)
+    assert "7" not in await lab.source("add")
+    async with lab.image.reading() as txn:
+        assert [row.state for row in journal.unfinished(txn)] == ["running"]
+
+
+async def test_a_revert_brings_back_what_was_tried(lab: Laboratory, monkeypatch: pytest.MonkeyPatch) -> None:
+    await lab.cycle(TAUGHT, ADD)
+    await lab.cycle(WISH, TIMES)
+    overtaking(lab, monkeypatch)
+    versions = Versions(
+        image=lab.image,
+        memory=FractalMemory(Hashing()),
+        catalog=CATALOG,
+        replays=Replays(TrialRunner(lab.messenger)),
+        undoing=Undoing(lab.image, CATALOG, frozenset()),
+        log=lab.log,
+    )
+    rows = await versions.revert_method("genesis_obj", "add", None)
+    assert [row["provenance"].get("mission_id") == "other 1" for row in rows] == [False, False, True, False]
+    assert (rows[-1]["reverted_to"], rows[-1]["source"]) == (1, rows[0]["source"])
 
 
 async def test_an_old_example_that_fails_by_now_does_not_stop_a_revision(lab: Laboratory) -> None:

@@ -145,6 +145,27 @@ async def test_trials_have_bounds(shop: LivingImage, runner: TrialRunner) -> Non
     assert (found.ran, found.left_out) == (2, 8)
 
 
+async def test_the_second_look_has_the_same_bound(shop: LivingImage, runner: TrialRunner) -> None:
+    ticks = iter([0.0, 0.0, 0.0, 61.0, 61.0])  # then the time is up
+    await plant(shop, "shop", method(TOTAL, example([["apple"]], 99), example([["apple"] * 2], 99)))
+    await plant(shop, "shop", method(HALF))
+    found = await replay(shop, runner, FOUR, clock=lambda: next(ticks))
+    assert (found.ran, len(found.broken)) == (2, 2)
+    found = await replay(shop, runner, FOUR)
+    assert (found.ran, found.broken) == (2, [])
+
+
+async def test_what_passes_is_no_finding_about_a_caller(
+    shop: LivingImage, runner: TrialRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: Any, **__: Any) -> Any:
+        raise errors.QueueFull("no hand can be made now")
+
+    monkeypatch.setattr(runner._messenger, "run", full)
+    with pytest.raises(errors.QueueFull):
+        await replay(shop, runner, FOUR)
+
+
 async def test_a_version_that_never_ends_breaks_its_callers(shop: LivingImage, runner: TrialRunner) -> None:
     found = await replay(shop, runner, ENDLESS, max_trials=1)
     assert "did not end in time" in found.broken[0]

@@ -30,6 +30,7 @@ from uvm.image.prototypes import UvmMethod
 from uvm.messages import Ping
 from uvm.mind.backends import Message
 from uvm.mind.backends.scripted import Scripted
+from uvm.outcomes import MISS
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="it tells processes apart by /proc")
 
@@ -156,7 +157,8 @@ def test_faults_of_the_kernel_are_read_from_what_it_prints(tmp_path: Path) -> No
     (tmp_path / "run").mkdir()
     trace = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    f()\nKeyError: 7\n'
     (tmp_path / "run" / "kernel.log").write_text(f"[UVM] live\n{trace}[UVM] live\n", encoding="utf-8")
-    assert house.faults() == ["KeyError: 7"]
+    (tmp_path / "run" / "kernel.log.1").write_text(trace.replace("7", "6"), encoding="utf-8")  # moved aside
+    assert house.faults() == ["KeyError: 6", "KeyError: 7"]
 
 
 async def _keep(home: Path, *units: Any) -> None:
@@ -231,8 +233,10 @@ async def test_what_was_done_twice_or_by_nobody_is_seen(tmp_path: Path) -> None:
     assert _faults(_found(tmp_path, _book(tmp_path))) == {"doubled", "uninvited", "half_installed"}
 
 
-def _mission(txn: Txn, selector: str, state: str, error: dict[str, Any] | None = None) -> str:
-    row = journal.add(txn, txn.find("pupil_0_obj").oid, {"selector": selector}, "architect")
+def _mission(
+    txn: Txn, selector: str, state: str, error: dict[str, Any] | None = None, origin: str = "architect"
+) -> str:
+    row = journal.add(txn, txn.find("pupil_0_obj").oid, {"selector": selector}, origin)
     journal.finish(txn, row.mission_id, state, {"error": error} if error else {})
     return row.mission_id
 
@@ -262,6 +266,19 @@ async def test_a_mission_that_was_installed_twice_is_seen(tmp_path: Path) -> Non
 
     await _keep(tmp_path, twice)
     assert "versions" in _faults(_found(tmp_path, _book(tmp_path)))
+
+
+@pytest.mark.parametrize(("second", "seen"), [(MISS, True), ("architect", False)])
+async def test_a_miss_that_was_learned_twice_is_seen(tmp_path: Path, second: str, seen: bool) -> None:
+    def twice(txn: Txn) -> None:
+        for origin in (MISS, second):  # the second of the Architect's is a revision
+            _install(txn, "add_1", _mission(txn, "add_1", "complete", origin=origin))
+
+    await _keep(tmp_path, twice)
+    book = _book(tmp_path)
+    assert "versions" not in _faults(_found(tmp_path, book))
+    book.missed.add("add_1")
+    assert ("versions" in _faults(_found(tmp_path, book))) == seen
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from uvm.errors import to_wire
+from uvm.errors import RetryLater, to_wire
 from uvm.guardian import Finding
 from uvm.image.prototypes import UvmMethod
 from uvm.memory.catalog import Hit
@@ -18,6 +18,7 @@ from uvm.memory.fractal import method_text
 from uvm.messages import MissionBrief
 from uvm.mind.backends import Message
 from uvm.mind.mind import Reply
+from uvm.pressure import exhausted
 from uvm.states import State
 from uvm.trials import Trial
 
@@ -46,6 +47,7 @@ class Cycle:
     findings: list[Finding] = field(default_factory=list)
     attempts: int = 0
     tokens: int = 0
+    base: str = ""  # the version that the trials saw, as `history.installed` tells it
     transaction_id: str = ""
     failure: BaseException | None = None
 
@@ -68,6 +70,7 @@ class Cycle:
         named = {
             "selector": method.selector,
             "parameters": list(method.parameters),
+            "source": method.source,
             "doc": method.doc,
             "sha256": method.sha256,
         }
@@ -106,3 +109,8 @@ class Cycle:
             "memories": [{"id": hit.id, "subject": hit.subject, "score": hit.score} for hit in self.memories],
             "attempts": self.attempts,
         }
+
+
+def cannot_go_on(error: BaseException) -> RetryLater | None:
+    """Returns why a mission has to be run again later, if that is what an error says; else None."""
+    return error if isinstance(error, RetryLater) else exhausted(error)

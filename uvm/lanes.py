@@ -59,7 +59,7 @@ class Lane:
         return {"running": self.running, "waiting": self.waiting, "limit": self.limit}
 
     async def _take(self, rank: int) -> None:
-        if self.running < self._places and not self.waiting:
+        if self.running < self._places:  # none that still waits is left then: see `_give_back`
             self.running += 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

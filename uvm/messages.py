@@ -102,6 +102,10 @@ class Example(_Frozen):
             raise ValueError("an example has either `returns` or `raises`")
         return self
 
+    def plain(self) -> dict[str, Any]:
+        """Returns the fields that were given, their values as they are: pydantic's dump is lossy."""
+        return {name: getattr(self, name) for name in sorted(self.model_fields_set)}
+
 
 class MissionBrief(_Frozen):
     """A request for a capability.
@@ -129,6 +133,11 @@ class MissionBrief(_Frozen):
         if names is not None and (len(set(names)) < len(names) or "self" in names):
             raise ValueError("parameters must differ from each other and from self")
         return self
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the brief as the journal keeps it: the fields that were given, their values as they are."""
+        fields = {name: getattr(self, name) for name in sorted(self.model_fields_set)}
+        return fields | ({"examples": [one.plain() for one in self.examples]} if "examples" in fields else {})
 
     def parameter_names(self) -> list[str] | None:
         """Returns the names of the parameters, or None where the brief leaves them open."""

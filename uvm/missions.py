@@ -14,11 +14,13 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from uvm.cycle import cannot_go_on
 from uvm.errors import (
     DoesNotUnderstand,
     MissionCancelled,
     MissionError,
     MissionExpired,
+    ResourceExhausted,
     RetryLater,
     ShuttingDown,
     to_wire,
@@ -28,7 +30,6 @@ from uvm.image.image import LivingImage, Txn, to_its_end
 from uvm.lanes import Lane
 from uvm.messages import MissionBrief
 from uvm.outcomes import MISS, brief_of, interrupted, key_of, settled, told
-from uvm.pressure import exhausted
 from uvm.psm import PrototypalStateMachine
 
 PRIORITIES = {"architect": 0, MISS: 0, "autotelic": 10}  # by origin; the lowest is run first
@@ -107,7 +108,7 @@ class Missions:
         self._coming: set[str] = set()  # not yet in the lane
         self._acknowledging = 0
         self._suspects = asyncio.Lock()  # run one at a time, so that the innocent is cleared,
-        self._innocent: set[asyncio.Task[Result]] = set()  # and when these have ended
+        self._innocent: set[asyncio.Task[Result]] = set()  # and when these have ended, or pause
         self._closing = False
         self.quarantined = 0
 
@@ -124,7 +125,7 @@ class Missions:
         until = self._until(deadline_s)
 
         def add(txn: Txn) -> str:
-            told = brief.model_dump(exclude_unset=True)
+            told = brief.plain()
             return journal.add(txn, target, told, origin, priority=priority, deadline_s=deadline_s).mission_id
 
         self._acknowledging += 1
@@ -200,10 +201,10 @@ class Missions:
                     await asyncio.sleep(0)
         return found
 
-    async def waiting(self) -> int:
-        """Returns how many missions are open in the journal and not under way: in safe mode, all of old."""
+    async def open(self) -> int:
+        """Returns how many missions are open in the journal: in safe mode, those of old too."""
         async with self._image.reading() as txn:
-            return sum(mission_id not in self._under_way for mission_id in txn.root["open_missions"])
+            return len(txn.root["open_missions"])
 
     async def resume(self) -> int:
         """Takes up the missions that an earlier kernel left open; returns how many.
@@ -220,7 +221,9 @@ class Missions:
         for plan, key in taken:
             self._pursue(plan)
             if not (plan.suspect or self._closing):
-                self._innocent.add(self._under_way[plan.mission_id].outcome)
+                outcome = self._under_way[plan.mission_id].outcome
+                self._innocent.add(outcome)
+                outcome.add_done_callback(self._innocent.discard)
             if key is not None and key not in self._learning:  # who misses it again waits for it
                 self._share(key, self._awaited(plan.mission_id))
         return len(taken)
@@ -246,8 +249,8 @@ class Missions:
     # Tasks
 
     def _pursue(self, plan: _Plan) -> None:
-        if self._closing:
-            return  # it is in the journal
+        if self._closing or plan.mission_id in self._under_way:
+            return  # it is in the journal; or who missed the same did not wait for the end of its pause
         mission = _UnderWay(plan, asyncio.create_task(self._work(plan)))
         self._coming.add(plan.mission_id)
         mission.outcome = asyncio.create_task(self._keep(mission))
@@ -263,10 +266,12 @@ class Missions:
         error = None if outcome.cancelled() else outcome.exception()  # asking marks it as seen
         if error is None or isinstance(error, (MissionError, ShuttingDown)):
             return
-        self._report(error)
+        if not isinstance(error, RetryLater) or isinstance(error, ResourceExhausted):
+            self._report(error)
         if isinstance(error, (RetryLater, OSError)):
             pause_s = min(max(2 * plan.pause_s, RETRY_S), LONGEST_RETRY_S)
-            asyncio.get_running_loop().call_later(pause_s, self._pursue, replace(plan, pause_s=pause_s))
+            again = asyncio.get_running_loop().call_later
+            again(self._before_deadline(plan, pause_s), self._pursue, replace(plan, pause_s=pause_s))
 
     async def _keep(self, mission: _UnderWay) -> Result:
         """Waits for the work of a mission and sees to it that its row says how it ended."""
@@ -280,11 +285,23 @@ class Missions:
             return await self._close_row(mission_id, mission.ending)
         if self._closing:
             raise interrupted(mission_id)
-        pressed = exhausted(error)
-        if pressed is not None:
+        if (pressed := cannot_go_on(error)) is not None:
+            await self._pause(mission_id)
             pressed.details["mission_id"] = mission_id
             raise pressed from error
         raise error
+
+    async def _pause(self, mission_id: str) -> None:
+        """Puts a mission back into the queue, if there is room to: no kernel dies of one that only waits."""
+        if mission_id not in self._begun:
+            return
+        with contextlib.suppress(RetryLater, OSError):
+            await to_its_end(
+                self._image.attempt(
+                    f"mission {mission_id} pauses", lambda txn: journal.interrupt(txn, [mission_id])
+                )
+            )
+            self._begun.discard(mission_id)  # else closing tries it once more
 
     async def _work(self, plan: _Plan) -> Result:
         alone = self._suspects if plan.suspect else contextlib.nullcontext()
@@ -293,10 +310,11 @@ class Missions:
                 await asyncio.wait(self._innocent)
             self._coming.discard(plan.mission_id)
             async with self._lane.place(plan.priority):
+                mine = plan.mission_id in self._begun
                 self._begun.add(plan.mission_id)
                 row = await self._image.attempt(
                     f"mission {plan.mission_id} started",
-                    lambda txn: journal.start(txn, plan.mission_id).record(),
+                    lambda txn: journal.start(txn, plan.mission_id, mine=mine).record(),
                 )
                 return told(await self._psm.run(row))
 
@@ -323,6 +341,12 @@ class Missions:
     @staticmethod
     def _until(deadline_s: float | None) -> float | None:
         return None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
+
+    @staticmethod
+    def _before_deadline(plan: _Plan, pause_s: float) -> float:
+        """Returns the pause, cut short where the deadline passes within it."""
+        left = pause_s if plan.until is None else plan.until - asyncio.get_running_loop().time()
+        return min(pause_s, left) if left > 0 else pause_s
 
     def _set_timer(self, mission: _UnderWay) -> None:
         """Ends the mission when its deadline passes; at once where it has passed."""
@@ -351,7 +375,18 @@ class Missions:
         task.add_done_callback(forget)
 
     async def _learned(self, miss: DoesNotUnderstand) -> None:
-        await self.outcome(await self.begin(miss.target, brief_of(miss), MISS))
+        """Waits for the mission of a miss: one that is open already, under way or not, or a new one."""
+        with self._image.view() as txn:
+            if txn.find(miss.target).lookup(miss.selector) is not None:
+                return  # learned since
+            key = (miss.target, miss.selector)
+            plan = next((self._plan(row) for row in journal.unfinished(txn) if key_of(row) == key), None)
+        if plan is None:
+            mission_id = await self.begin(miss.target, brief_of(miss), MISS)
+        else:
+            mission_id = plan.mission_id
+            self._pursue(plan)
+        await self.outcome(mission_id)
 
     async def _awaited(self, mission_id: str) -> None:
         await self.outcome(mission_id)

@@ -44,27 +44,15 @@ def brief_of(miss: DoesNotUnderstand) -> MissionBrief:
 
 
 def told(cycle: Cycle) -> dict[str, Any]:
-    """Returns a completed cycle as its reply tells it."""
-    result = {"mission_id": cycle.mission_id, "state": str(cycle.state), **cycle.outcome()}
-    if cycle.brief.type == "task":
-        return {**result, "result": cycle.reply.text if cycle.reply else ""}
-    method = {
-        "selector": cycle.brief.selector,
-        "parameters": list(cycle.parameters),
-        "source": cycle.source,
-        "doc": cycle.doc,
-        "transaction_id": cycle.transaction_id,
-    }
-    return {**result, "method": method}
+    """Returns a completed cycle as its reply tells it: in the same form as `settled` does of its record."""
+    return _complete(cycle.mission_id, {**cycle.achieved(), "transaction_id": cycle.transaction_id})
 
 
 def settled(record: dict[str, Any]) -> dict[str, Any]:
     """Returns a mission that is over as its record tells it, or raises what it ended with."""
     mission_id, state = record["mission_id"], record["state"]
     if state == journal.COMPLETE:
-        names = ("attempts", "tokens", "seconds", "method", "result", "transaction_id")
-        known = {name: record[name] for name in names if name in record}
-        return {"mission_id": mission_id, "state": str(State.COMPLETE), **known}
+        return _complete(mission_id, record)
     if state == journal.CANCELLED:
         raise MissionCancelled(f"mission {mission_id} was cancelled", mission_id=mission_id)
     if state in journal.OPEN:
@@ -72,3 +60,11 @@ def settled(record: dict[str, Any]) -> dict[str, Any]:
     error = record["error"]
     kind = MissionExpired if error["type"] == MissionExpired.__name__ else MissionFailed
     raise kind(error["message"], **{**error["details"], "mission_id": mission_id})
+
+
+def _complete(mission_id: str, record: dict[str, Any]) -> dict[str, Any]:
+    names = ("attempts", "tokens", "seconds", "method", "result", "transaction_id")
+    known = {name: record[name] for name in names if name in record}
+    if "method" in known:
+        known["method"] = {**known["method"], "transaction_id": record["transaction_id"]}
+    return {"mission_id": mission_id, "state": str(State.COMPLETE), **known}

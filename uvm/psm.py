@@ -15,8 +15,8 @@ from contextlib import suppress
 from typing import Any
 
 from uvm import prompts
-from uvm.cycle import Cycle
-from uvm.errors import BatosError, MissionFailed
+from uvm.cycle import Cycle, cannot_go_on
+from uvm.errors import BatosError, Conflict, MissionFailed
 from uvm.guardian import Finding
 from uvm.hands.pool import HandPool
 from uvm.image import history, journal
@@ -28,7 +28,6 @@ from uvm.messenger import Messenger
 from uvm.metacognition import MetacognitionLog
 from uvm.mind.backends import Message
 from uvm.mind.mind import Mind, Reply
-from uvm.pressure import exhausted
 from uvm.replays import Replays
 from uvm.states import FINAL, State, advance
 from uvm.trials import Trial, TrialRunner, Verdict, trials_of
@@ -39,6 +38,7 @@ MEMORIES = 4
 FRESH_TEMPERATURES = (0.0, 0.7, 0.9, 1.0)  # of the answers that start from nothing: the first is greedy
 REPAIR_TEMPERATURE = 0.2
 OWN_PERSONA_SLOT = "persona"
+MAX_OVERTAKEN = 5  # times that one candidate is tried again, since the method has changed meanwhile
 
 
 class PrototypalStateMachine:
@@ -98,8 +98,7 @@ class PrototypalStateMachine:
 
         Raises:
             MissionFailed: the cycle ended in FAILED; the row says why.
-            ResourceExhausted: the cycle can't go on now; the row is open, for the cycle to be run again.
-            asyncio.CancelledError: it was cancelled; the image holds nothing of it.
+            RetryLater: the cycle can't go on now; the row is open, for the cycle to be run again.
             asyncio.CancelledError: it was cancelled before its last commit; the image holds nothing of it.
         """
         brief = MissionBrief.model_validate(row["brief"])
@@ -117,7 +116,7 @@ class PrototypalStateMachine:
                 raise
         except Exception as error:
             if cycle.state is not State.COMPLETE:  # once committed, a full disk under the log changes nothing
-                if (pressed := exhausted(error)) is not None:
+                if (pressed := cannot_go_on(error)) is not None:
                     await self._defer(cycle, pressed)
                     raise pressed from error
                 await self._fail(cycle, error)
@@ -126,8 +125,13 @@ class PrototypalStateMachine:
 
     async def _move(self, cycle: Cycle, to: State) -> None:
         state = advance(cycle.state, to)
-        if state is State.COMPLETE:  # the effect first: COMPLETE means that it is committed
-            await self._psm_complete_process(cycle)
+        for _ in range(MAX_OVERTAKEN):
+            # The effect first: COMPLETE means that it is committed.
+            if state is not State.COMPLETE or await self._psm_complete_process(cycle):
+                break
+            state = advance(cycle.state, await self._psm_validating_process(cycle))
+        else:
+            raise Conflict(f"{cycle.brief.selector} changes all the time; try again later")
         cycle.state = state
         await self._announce(cycle)
 
@@ -159,7 +163,7 @@ class PrototypalStateMachine:
                 history.check_place(target, cycle.brief.selector)
             if cycle.brief.type == "revision":
                 history.own_method(target, cycle.brief.selector)
-        await self._record(cycle, "mission", brief=cycle.brief.model_dump(), persona=cycle.persona)
+        await self._record(cycle, "mission", brief=cycle.brief.plain(), persona=cycle.persona)
         return State.DECOMPOSING
 
     async def _psm_decomposing_process(self, cycle: Cycle) -> State:
@@ -229,15 +233,21 @@ class PrototypalStateMachine:
             )
         return State.SYNTHESIZING
 
-    async def _psm_complete_process(self, cycle: Cycle) -> None:
-        """Puts method, version, provenance, memory and the mission's row into the image, in one commit."""
+    async def _psm_complete_process(self, cycle: Cycle) -> bool:
+        """Puts method, version, provenance, memory and the mission's row into the image, in one commit.
+
+        Returns False, and changes nothing, where the method is no longer the one that VALIDATING saw: what
+        would be replaced was not tried against.
+        """
         text = cycle.memory_text()
         vectors = await self._memory.embed([text])
         kind = "reflection" if cycle.brief.type == "task" else "method"
 
-        def install(txn: Txn) -> Txn:
+        def install(txn: Txn) -> Txn | None:
             target = txn.find(cycle.target)
             if kind == "method":
+                if history.installed(target, cycle.brief.selector) != cycle.base:
+                    return None
                 history.install(txn, target, cycle.method())
             subject = f"{target.label}.{cycle.brief.selector}"
             self._memory.add(
@@ -249,7 +259,11 @@ class PrototypalStateMachine:
 
         note = f"{cycle.brief.type} {cycle.target} {cycle.brief.selector} (mission {cycle.mission_id})"
         txn = await to_its_end(self._image.attempt(note, install, user=cycle.origin))
+        if txn is None:
+            await self._record(cycle, "overtaken", attempt=cycle.attempts)
+            return False
         cycle.transaction_id = txn.tid
+        return True
 
     async def _psm_failed_process(self, cycle: Cycle) -> None:
         """Leaves nothing of the cycle in the image but its mission's row, which says why."""
@@ -348,6 +362,7 @@ class PrototypalStateMachine:
         async with self._image.transaction(f"trial for mission {cycle.mission_id}") as txn:
             txn.doom()
             target = txn.find(cycle.target)
+            cycle.base = history.installed(target, cycle.brief.selector)
             cycle.trials = trials_of(cycle.brief, cycle.sample_args, target)
             verdicts = [await self._verdict(cycle, txn, target, trial) for trial in cycle.trials]
             cycle.trials = [verdict.trial for verdict in verdicts if not verdict.stale]

@@ -86,28 +86,32 @@ class Replays:
             txn: a doomed transaction; it is left as it was.
             target: the object that is to hold the version.
             method: the version, not installed.
+
+        Raises:
+            RetryLater: it can't be found out now.
         """
         found = await blocking(lambda: list(_callers(txn, target, method.selector)))
+        deadline = self._clock() + self._max_seconds
         replay = Replay(list(dict.fromkeys(f"{one.owner.label}.{one.selector}" for one in found)))
         before = txn.savepoint()
         try:
             history.install(txn, target, method)
-            failed = await self._failed(txn, found, replay)
+            failed = await self._failed(txn, found, replay, deadline)
         finally:
             before.rollback()
         for caller, verdict in failed:
-            if not (await self._verdict(txn, caller)).findings:
+            present = await self._verdict(txn, caller, deadline)
+            if present is None or not present.findings:  # what there is no time to excuse counts
                 replay.broken.append(_sentence(caller, verdict))
         return replay
 
-    async def _failed(self, txn: Txn, found: list[Caller], replay: Replay) -> list[tuple[Caller, Verdict]]:
-        deadline = self._clock() + self._max_seconds
+    async def _failed(
+        self, txn: Txn, found: list[Caller], replay: Replay, deadline: float
+    ) -> list[tuple[Caller, Verdict]]:
         failed = []
         for caller in found[: self._max_trials]:
-            try:
-                async with asyncio.timeout(max(0.0, deadline - self._clock())):
-                    verdict = await self._verdict(txn, caller)
-            except TimeoutError:
+            verdict = await self._verdict(txn, caller, deadline)
+            if verdict is None:
                 break
             replay.ran += 1
             if verdict.findings:
@@ -115,8 +119,13 @@ class Replays:
         replay.left_out = len(found) - replay.ran
         return failed
 
-    async def _verdict(self, txn: Txn, caller: Caller) -> Verdict:
-        return await self._trials.run(txn, caller.owner, caller.selector, None, caller.trial)
+    async def _verdict(self, txn: Txn, caller: Caller, deadline: float) -> Verdict | None:
+        """Returns the verdict of a caller's trial, or None where the time is up."""
+        try:
+            async with asyncio.timeout(max(0.0, deadline - self._clock())):
+                return await self._trials.run(txn, caller.owner, caller.selector, None, caller.trial)
+        except TimeoutError:
+            return None
 
 
 def _callers(txn: Txn, target: UvmObject, selector: str) -> Iterator[Caller]:
@@ -139,7 +148,8 @@ def _callers(txn: Txn, target: UvmObject, selector: str) -> Iterator[Caller]:
             if name not in seen:
                 seen.add(name)
                 wanted.append(name)
-            yield from (Caller(owner, name, Trial.of(stored, stored["origin"])) for stored in method.trials)
+            for stored in history.trials(method):
+                yield Caller(owner, name, Trial.of(stored, stored["origin"]))
 
 
 def _holders(txn: Txn) -> Iterator[UvmObject]:

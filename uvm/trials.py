@@ -16,10 +16,12 @@ from uvm.errors import (
     GrantMissing,
     HandTimeout,
     MethodRaised,
+    RetryLater,
     ValueNotStorable,
 )
 from uvm.guardian import Finding
 from uvm.hands.calls import Outcome
+from uvm.image import history
 from uvm.image.image import Txn
 from uvm.image.prototypes import UvmObject
 from uvm.messages import Example, MissionBrief
@@ -91,7 +93,7 @@ def trials_of(brief: MissionBrief, sample_args: list[Any] | None, target: UvmObj
 def _remembered(brief: MissionBrief, target: UvmObject) -> list[Trial]:
     """Returns the examples that the replaced method had to satisfy and the brief does not restate."""
     restated = [(example.args, example.kwargs) for example in brief.examples]
-    stored = target.methods()[brief.selector].trials
+    stored = history.trials(history.own_method(target, brief.selector))
     return [
         Trial.of(trial, "history")
         for trial in stored
@@ -112,6 +114,9 @@ class TrialRunner:
 
         Args:
             source: of a candidate, which shadows what is installed; None tries the method that is installed.
+
+        Raises:
+            RetryLater: it can't be tried now.
         """
         overlay = None if source is None else {selector: source}
         call = f"self.{selector}({prompts.arguments(trial.args, trial.kwargs)})"
@@ -120,6 +125,8 @@ class TrialRunner:
                 txn, target, selector, trial.args, trial.kwargs, overlay=overlay
             )
             lost = lost_in_storage(txn, outcome)
+        except RetryLater:  # says nothing of the method: no memory, no hand
+            raise
         except BatosError as error:
             return self._failed(trial, call, error)
         findings = [Finding("persistence", 1, f"{place} was not stored as written.") for place in lost]

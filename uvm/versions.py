@@ -55,7 +55,7 @@ class Versions:
             MethodNotFound: there is no such method or no such version.
             SlotProtected: its place has been taken by a grant since.
         """
-        replay = await self._broken(target, selector, version)
+        version, replay = await self._broken(target, selector, version)
         vectors: dict[str, Vectors] = {}
 
         async def unit(txn: Txn) -> None:
@@ -82,15 +82,15 @@ class Versions:
         """Undoes a transaction; returns the id of the one that did it."""
         return {"transaction_id": await self._undoing.undo(transaction_id, USER)}
 
-    async def _broken(self, target: str, selector: str, version: int | None) -> Replay:
-        """Returns what an earlier version breaks of the methods that call this one."""
+    async def _broken(self, target: str, selector: str, version: int | None) -> tuple[int, Replay]:
+        """Returns the number of an earlier version, and what it breaks of the methods that call this one."""
         async with self._image.transaction(f"trial for revert_method {target} {selector}") as txn:
             txn.doom()
             found = txn.find(target)
-            _, method = history.earlier(found, selector, version)
+            number, method = history.earlier(found, selector, version)
             replay = await self._replays.run(txn, found, method)
         await self._log.record("replay", target=target, selector=selector, **replay.record())
-        return replay
+        return number, replay
 
 
 def _text(method: UvmMethod) -> str:

@@ -104,7 +104,8 @@ async def _kill(house: House, books: list[Book], kills: int, seed: int, killed: 
             )
 
     try:
-        await kill(house, plan(kills, random.Random(seed)), lambda: _answered(books), tell, killed)
+        rng = random.Random(seed)
+        await kill(house, plan(kills, rng), lambda: _answered(books), tell, killed, rng)
     finally:
         stop.set()
         await asyncio.gather(*working)
@@ -183,7 +184,7 @@ def _summary(house: House, killed: Killed, books: list[Book], image: Findings) -
         "missions interrupted in": _counted(interrupted(_thoughts(house.home / "metacognition.jsonl"))),
         "hands gone after their kernel": f"{killed.orphaned_s:.2f} s at most",
         "processes seen": _counted(Counter(house.census.seen.values())),
-        "watchdogs": f"{house.watchdogs}; {house.met_lock} met the lock of the kernel before and gave up",
+        "watchdogs": str(house.watchdogs),
         "image": f"{image.transactions} transactions, {image.records} records",
     }
 

@@ -1,6 +1,7 @@
 """What a torture run's clients were told: each writes down what it sent, and what was acknowledged.
 
-The books live in the harness, which nobody kills; `evals.torture.verdict` holds the image against them.
+The books live in the harness, which nobody kills; `evals.torture.wire` and `evals.torture.image` hold
+the kernel and its image against them.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Book:
     Attributes:
         missions: mission id -> what it teaches.
         known: target, selector -> the highest edition that the client was told is installed.
+        missed: selectors that were sent without being taught, some of them more than once.
         entries: numbers sent to the ledger; `acknowledged` those that were answered.
         objects: name -> mark, of objects to be made; `made` name -> oid of those acknowledged.
         done: operation -> how many were acknowledged.
@@ -56,6 +58,7 @@ class Book:
     name: str
     missions: dict[str, Taught] = field(default_factory=dict)
     known: dict[tuple[str, str], int] = field(default_factory=dict)
+    missed: set[str] = field(default_factory=set)
     entries: set[int] = field(default_factory=set)
     acknowledged: set[int] = field(default_factory=set)
     slots: dict[str, Slot] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from evals.kernels import LIVE, PROJECT, free_endpoint
-from evals.torture.processes import KERNEL, Census, Process, strike
+from evals.torture.processes import Census, Process, strike
 from uvm.client import Kernel
 
 SERVICE = PROJECT / "min_watchdog_service.py"
@@ -22,8 +22,7 @@ OPTIONS = {"--startsecs": "0.2", "--retries": "100000", "--backoff": "0.05", "--
 OPTIONS |= {"--steady": "0.05"}
 POLL_S = 0.05
 LIVE_S = 60.0  # until a kernel is live
-END_S = 30.0  # until a kernel whose watchdog was killed has ended
-LOCKED = "another kernel has"  # what a kernel says that finds the image locked
+KERNEL_LOGS = ("kernel.log.3", "kernel.log.2", "kernel.log.1", "kernel.log")  # the watchdog moves them aside
 
 
 async def until(condition: Callable[[], bool], timeout_s: float) -> bool:
@@ -44,15 +43,13 @@ class House:
     Attributes:
         census: the home's processes.
         watchdogs: how many were started.
-        met_lock: how many gave up because the kernel of the one before still held the image.
-        gave_up: last lines of watchdogs that ended by themselves for any other reason.
+        gave_up: last lines of watchdogs that ended by themselves.
     """
 
     def __init__(self, home: Path, settings: Mapping[str, str]) -> None:
         self.home = home.resolve()
         self.census = Census(self.home)
         self.watchdogs = 0
-        self.met_lock = 0
         self.gave_up: list[str] = []
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("BATOS_")},
@@ -90,8 +87,8 @@ class House:
     @property
     def log(self) -> str:
         """Everything that the kernels printed so far."""
-        path = self.home / "run" / "kernel.log"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        paths = [self.home / "run" / name for name in KERNEL_LOGS]
+        return "".join(path.read_text(encoding="utf-8", errors="replace") for path in paths if path.exists())
 
     def faults(self) -> list[str]:
         """Returns what the kernels printed as faults of their own: the last line of each traceback."""
@@ -162,20 +159,17 @@ class House:
     async def _keep(self) -> None:
         """Starts another watchdog whenever this one has ended, as a user or a service manager would."""
         while True:
-            await until(lambda: self._watchdog is not None and self._watchdog.poll() is not None, 3600)
             assert self._watchdog is not None
-            if self._watchdog.returncode >= 0:  # not killed
-                await self._given_up(self._watchdog.returncode)
+            while (status := self._watchdog.poll()) is None:  # noqa: ASYNC110 (another process's end)
+                await asyncio.sleep(POLL_S)
+            if status >= 0:  # not killed
+                self._given_up(status)
             self._start()
 
-    async def _given_up(self, status: int) -> None:
+    def _given_up(self, status: int) -> None:
         out = (self.home / "watchdog.out").read_text(encoding="utf-8", errors="replace")
         last = (out.splitlines() or ["it said nothing"])[-1]
-        if LOCKED in last:
-            self.met_lock += 1
-            await until(lambda: not self.living(KERNEL), END_S)
-        else:
-            self.gave_up.append(f"exit status {status}: {last}")
+        self.gave_up.append(f"exit status {status}: {last}")
 
 
 def _known_options() -> list[str]:

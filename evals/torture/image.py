@@ -18,6 +18,7 @@ from uvm.image import history
 from uvm.image.image import LivingImage, Txn
 from uvm.image.loading import Database
 from uvm.memory.catalog import KnowledgeCatalog
+from uvm.outcomes import MISS
 
 Key = tuple[str, str]  # oid of an object, selector
 
@@ -121,6 +122,11 @@ class Findings:
                 self.half_installed.append(f"{key}: missions {wanted} are complete, versions are of {found}")
             if len(found) != len(set(found)):
                 self.versions.append(f"{key}: {found}")
+        missions_of_misses = {row["mission_id"] for row in self.rows if row["origin"] == MISS}
+        for target, selector in ((book.pupil, selector) for book in self._books for selector in book.missed):
+            found = installed.get((txn.find(target).oid, selector), [])
+            if len(learned := missions_of_misses.intersection(found)) > 1:
+                self.versions.append(f"{target}.{selector} was missed, and learned by {sorted(learned)}")
 
     # Objects and slots
 

@@ -80,7 +80,7 @@ async def kill_births(house: House, kills: int, rng: random.Random, done: Killed
         await until(lambda: bool(house.living(KERNEL)), APPEARS_S)
         await asyncio.sleep(rng.uniform(0, EARLY_S))
         printed = len(house.log)
-        await _strike_all(house, (KERNEL,), done)
+        await _strike_all(house, (KERNEL,), done, rng)
         done.kinds.append("kernel at its birth")
     await house.live(printed)
 
@@ -91,19 +91,21 @@ async def kill(
     answered: Callable[[], int],
     tell: Callable[[int], None],
     done: Killed,
+    rng: random.Random,
 ) -> None:
     """Kills as planned, and writes into `done` what that was.
 
     Args:
         answered: how many requests of clients were answered so far.
         tell: told after each kill how many there were.
+        rng: decides which of several hands is killed.
     """
     watches = []
     for number, blow in enumerate(blows, 1):
         if not blow.early:
             await _wait_for_answers(done, answered)
         await asyncio.sleep(blow.pause_s)
-        struck = await _strike_all(house, blow.kinds, done)
+        struck = await _strike_all(house, blow.kinds, done, rng)
         done.kinds.append("+".join(blow.kinds))
         watches += [
             asyncio.create_task(_watch_orphans(house, process, done))
@@ -120,14 +122,16 @@ async def _wait_for_answers(done: Killed, answered: Callable[[], int]) -> None:
         done.stuck.append(f"no client was answered for {ANSWERS_S:g} s after kill {len(done.kinds)}")
 
 
-async def _strike_all(house: House, kinds: tuple[str, ...], done: Killed) -> list[Process]:
+async def _strike_all(
+    house: House, kinds: tuple[str, ...], done: Killed, rng: random.Random
+) -> list[Process]:
     """Kills one process of each kind, a hand that runs before one that waits; returns whom."""
     struck: list[Process] = []
     deadline = time.monotonic() + APPEARS_S
     for kind in kinds:
         while kind not in [process.kind for process in struck]:
             found = house.living(kind)
-            chosen = random.choice([hand for hand in found if hand.busy] or found) if found else None
+            chosen = rng.choice([hand for hand in found if hand.busy] or found) if found else None
             if chosen is not None and strike(chosen):
                 struck.append(chosen)
             elif time.monotonic() > deadline or struck:  # the second of two may have gone with the first

@@ -1,7 +1,7 @@
 """The load of a torture run: clients over real connections, which write down all that is acknowledged.
 
-A client does one thing after the other, as a script would. What is not answered in time is never sent again:
-it may have been carried out or not, and the books say so.
+A client does one thing after the other, as a script would. What is not answered in time is not sent again,
+since it may have been carried out, and the books say so; but for what is missed, which must be learned once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from uvm.client import Kernel
 
 MESSAGE_S, CYCLE_S = 1.5, 6.0  # how long a client waits for an answer
 PAUSE_S = 0.03  # at most, between two things that a client does
+AGAIN = 0.7  # share of the missed messages that are sent again where they may be
 SLOTS = 12  # that a client writes to in turn
 # What a client must be ready for when processes die under its requests. All else is a fault.
 EXPECTED = (
@@ -198,8 +199,17 @@ class Client:
             await self._ask(selector, known[selector] + 1)
 
     async def _miss(self) -> None:
+        """Sends what nobody was taught; told to try later, it mostly does so at once."""
         selector = self._fresh()
-        got = await self._send(self.book.pupil, selector, script.SAMPLE, on_missing="create")
+        self.book.missed.add(selector)
+        for again in (AGAIN, 0.0):
+            try:
+                got = await self._send(self.book.pupil, selector, script.SAMPLE, on_missing="create")
+                break
+            except errors.RetryLater as error:
+                if self._rng.random() >= again:
+                    raise
+                self._note("miss", error)
         self.book.known[self.book.pupil, selector] = 1
         self._compare(selector, got, script.SAMPLE, 1)
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from uvm.errors import MethodNotFound, SlotProtected
+from uvm.image import values
 from uvm.image.grants import Grant
 from uvm.image.image import Txn
 from uvm.image.prototypes import UvmMethod, UvmObject, is_data
@@ -55,26 +56,48 @@ def note_holder(txn: Txn, target: UvmObject) -> None:
         holders.add(target.oid)
 
 
+def installed(target: UvmObject, selector: str) -> str:
+    """Returns what differs once the method that `target` itself holds is another: its transaction, or ""."""
+    method = target._slots.get(selector)
+    return method.transaction_id if isinstance(method, UvmMethod) else ""
+
+
 def install(txn: Txn, target: UvmObject, method: UvmMethod) -> None:
     """Puts a method into its target; the version that it replaces becomes its history.
+
+    Its trials refer to objects as slots do: what a method was tried with stays, and a record names no `Ref`.
 
     Raises:
         SlotProtected: the method would hide a grant or replace data.
     """
     check_place(target, method.selector)
     note_holder(txn, target)
+    method.trials = txn.storable(method.trials)
     earlier = target._slots.get(method.selector)
     target._slots[method.selector] = earlier.succeed(method) if isinstance(earlier, UvmMethod) else method
 
 
 def told(method: UvmMethod) -> dict[str, Any]:
     """Returns a method's current version as plain data, with its number, the oldest being 1."""
-    return {**method.record(), "version": method.version, "transaction_id": method.transaction_id}
+    return {
+        **_plain(method.record()),
+        "version": method.version,
+        "transaction_id": method.transaction_id,
+    }
+
+
+def trials(method: UvmMethod) -> list[dict[str, Any]]:
+    """Returns the trials that a method passed, as plain data."""
+    return list(values.to_plain(method.trials))
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "trials": values.to_plain(record["trials"])}
 
 
 def versions(method: UvmMethod) -> list[dict[str, Any]]:
     """Returns all versions, the oldest first: as `told`, with who, when, why, and what differs."""
-    rows = [{**row, **_origin(row["provenance"])} for row in method.lineage()]
+    rows = [{**_plain(row), **_origin(row["provenance"])} for row in method.lineage()]
     diffs = ["", *(diff(one, other) for one, other in pairwise(rows))]
     return [{**row, "diff": text} for row, text in zip(rows, diffs, strict=True)]
 

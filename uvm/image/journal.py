@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from persistent import Persistent
 
 from uvm.errors import MissionFailed, MissionNotFound
+from uvm.image import values
 from uvm.image.image import Txn
 from uvm.image.shapes import Shape, a, names, tuple_of
 
@@ -76,7 +77,7 @@ class MissionRow(Persistent):
         return {
             "mission_id": self.mission_id,
             "target": self.target,
-            "brief": self.brief,
+            "brief": values.to_plain(self.brief),
             "origin": self.origin,
             "priority": self.priority,
             "state": self.state,
@@ -119,9 +120,12 @@ def add(
     Args:
         priority: a lower one is run sooner.
         deadline_s: seconds after which it fails, from now.
+
+    Raises:
+        ObjectNotFound: the brief refers to an object that is not there.
     """
     mission_id = new_id(txn.missions.maxKey() if txn.missions else "")
-    row = MissionRow(mission_id, target, brief, origin, priority, deadline_s)
+    row = MissionRow(mission_id, target, txn.storable(brief), origin, priority, deadline_s)
     txn.missions[row.mission_id] = row
     txn.root["open_missions"].add(row.mission_id)
     return row
@@ -139,8 +143,11 @@ def get(txn: Txn, mission_id: str) -> MissionRow:
     return row  # type: ignore[no-any-return]
 
 
-def start(txn: Txn, mission_id: str) -> MissionRow:
+def start(txn: Txn, mission_id: str, *, mine: bool = False) -> MissionRow:
     """Marks a mission as running and counts the start.
+
+    Args:
+        mine: where it is marked so already, it was by this kernel; else an earlier one died while it ran.
 
     Raises:
         MissionFailed: it is over already; what is complete is never run again.
@@ -148,6 +155,8 @@ def start(txn: Txn, mission_id: str) -> MissionRow:
     row = get(txn, mission_id)
     if row.state not in OPEN:
         raise MissionFailed(f"mission {mission_id} is over already: {row.state}", mission_id=mission_id)
+    if row.state == RUNNING and not mine:
+        row.deaths = (*row.deaths, row.starts)
     row.state = RUNNING
     row.starts += 1
     return row
