@@ -19,7 +19,7 @@ from uvm.states import FINAL
 TOPICS = ("transition", "token", "finding")
 DESTROYING = {"shutdown", "revert_method", "undo", "delete_slot", "cancel_mission"}
 PAGE = 1000  # objects asked for at once
-FOLLOWED_S = 5.0  # how long the first command that may set off a cycle waits until cycles can be followed
+FOLLOWED_S = 5.0  # how long a command that may set off a cycle waits for the events
 SIGN_OF_LIFE_S = 5.0  # how often, and for how long, a kernel that takes its time is asked whether it lives
 
 
@@ -28,9 +28,9 @@ class Connection(Protocol):
 
     async def request(self, command: str, *, timeout_s: float | None = None, **fields: Any) -> Any: ...
 
-    def events(
-        self, *topics: str, on_subscribed: Callable[[], None] | None = None
-    ) -> AsyncIterator[dict[str, Any]]: ...
+    def events(self, *topics: str) -> AsyncIterator[dict[str, Any]]: ...
+
+    async def caught_up(self) -> None: ...
 
 
 Read = Callable[[str, Context], Awaitable[Reading]]
@@ -63,11 +63,12 @@ class Session:
         self._display = display
         self._confirm = confirm
         self._cycles = _Cycles(CycleView(display))
-        self._followed = asyncio.Event()
+        self._deaf = False  # events do not come: commands no longer wait for them
         self._follower: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Session:
         self._follower = asyncio.create_task(self._follow())
+        await asyncio.sleep(0)  # it subscribes
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -140,11 +141,11 @@ class Session:
     async def _send(self, name: str, fields: dict[str, Any]) -> Any:
         """Sends the command that the user asked for, while its cycles are shown."""
         subject = _subject(name, fields)
-        if self._display.live and subject is not None:
-            await self._until_followed()
+        if subject is not None:
+            await self._catch_up()
         self._cycles.begin(subject, nested=name == "send_message")
         try:
-            return await self._request(name, fields)
+            return await (self._request if subject is None else self._followed)(name, fields)
         except asyncio.CancelledError:
             if subject is not None:
                 await self._cancel_missions(*subject)
@@ -186,12 +187,27 @@ class Session:
             with contextlib.suppress(BatosError):
                 await self._kernel.request("cancel_mission", mission_id=mission_id, timeout_s=SIGN_OF_LIFE_S)
 
-    async def _until_followed(self) -> None:
-        """Waits until the kernel has taken the subscription to events, or it is clear that it does not."""
-        with contextlib.suppress(TimeoutError):
+    async def _followed(self, name: str, fields: dict[str, Any]) -> Any:
+        """Sends a command; what its cycles did is shown before its result, which may overtake the events."""
+        try:
+            result = await self._request(name, fields)
+        except KernelUnreachable:
+            raise
+        except BatosError:
+            await self._catch_up()
+            raise
+        await self._catch_up()
+        return result
+
+    async def _catch_up(self) -> None:
+        """Waits, where cycles are shown, until all events so far have come and further ones will."""
+        if self._deaf or not self._display.live:
+            return
+        try:
             async with asyncio.timeout(FOLLOWED_S):
-                await self._followed.wait()
-        self._followed.set()  # what took too long once holds up no other command
+                await self._kernel.caught_up()
+        except TimeoutError:
+            self._deaf = True
 
     async def _open_missions(self, oid: str, selector: str) -> list[str]:
         found = []
@@ -203,12 +219,11 @@ class Session:
 
     async def _follow(self) -> None:
         try:
-            async for event in self._kernel.events(*TOPICS, on_subscribed=self._followed.set):
+            async for event in self._kernel.events(*TOPICS):
+                self._deaf = False
                 self._cycles.take(event)
         except BatosError as error:  # commands are answered all the same
             self._display.note(f"cycles can't be followed: {error}")
-        finally:
-            self._followed.set()
 
 
 class _Cycles:

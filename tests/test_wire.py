@@ -263,22 +263,46 @@ async def test_events_end_with_the_connection(house: House, waits: bool) -> None
         await kernel.request("ping")
 
 
-async def test_a_subscription_is_answered_when_it_is_taken(house: House) -> None:
+async def test_who_has_caught_up_misses_nothing_from_then_on(house: House) -> None:
     bridge: Bridge = house.bridge  # type: ignore[attr-defined]
     everything = house.client().events()
     others = asyncio.ensure_future(anext(everything))
     for number in range(20):
-        taken = asyncio.Event()
-        events = house.client().events("news", "token", on_subscribed=taken.set)
+        client = house.client()
+        events = client.events("news", "token")
         heard = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)  # it subscribes
         async with asyncio.timeout(PATIENCE_S):
-            await taken.wait()
+            await client.caught_up()
             bridge.publish("news", {"n": number})
             assert (await heard)["n"] == number
         await events.aclose()
     async with asyncio.timeout(PATIENCE_S):
         assert (await others)["event"] == "news"  # answers to others are not taken for events
     await everything.aclose()
+
+
+async def test_who_has_caught_up_has_heard_all_before(house: House) -> None:
+    bridge: Bridge = house.bridge  # type: ignore[attr-defined]
+    client = house.client()
+    heard: list[int] = []
+
+    async def listen() -> None:
+        async for event in client.events("news"):
+            heard.append(event["n"])
+
+    listener = asyncio.create_task(listen())
+    await asyncio.sleep(0)  # it subscribes
+    async with asyncio.timeout(PATIENCE_S):
+        await client.caught_up()
+        for number in range(200):
+            bridge.publish("news", {"n": number})
+        await client.caught_up()
+    assert heard == list(range(200))
+    waiting = asyncio.ensure_future(client.caught_up())
+    await asyncio.sleep(0)
+    listener.cancel()
+    await asyncio.wait_for(waiting, PATIENCE_S)  # nobody listens: nothing is missing
 
 
 CHURN = """

@@ -14,7 +14,8 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,7 +57,7 @@ class Kernel:
         self._reader: asyncio.Task[None] | None = None
         self._handshakes: Handshakes | None = None
         self._refusal: KernelRefused | None = None
-        self._listeners: dict[asyncio.Future[Any], Handshakes] = {}  # what ends each iteration over events
+        self._listeners: list[_Listener] = []
 
     async def __aenter__(self) -> Self:
         """Connects and waits for an answer.
@@ -90,9 +91,9 @@ class Kernel:
             await self._handshakes.close()
             self._handshakes = None
         self._forsake(self._closed())
-        for listener, handshakes in list(self._listeners.items()):
-            _end(listener, self._closed())
-            await handshakes.close()
+        for listener in list(self._listeners):
+            _end(listener.ended, self._closed())
+            await listener.handshakes.close()
         self._context.destroy(linger=0)
 
     async def request(self, command: str, *, timeout_s: float | None = None, **fields: Any) -> Any:
@@ -171,14 +172,8 @@ class Kernel:
         )
         return result
 
-    async def events(
-        self, *topics: str, on_subscribed: Callable[[], None] | None = None
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    async def events(self, *topics: str) -> AsyncGenerator[dict[str, Any], None]:
         """Yields the kernel's events, of these topics or of all, from the moment of subscription on.
-
-        Args:
-            on_subscribed: called once the kernel has taken the subscription: what happens from then on is
-                told. A kernel older than that answer never gives it.
 
         Raises:
             KernelRefused: the kernel does not let this client in.
@@ -192,13 +187,11 @@ class Kernel:
 
         socket = self._keyed(zmq.SUB)
         handshakes = Handshakes(socket, self._events_endpoint, self._keys_dir, judge)
-        self._listeners[ended] = handshakes
-        own = (SUBSCRIBED + secrets.token_hex(8)).encode()
+        listener = _Listener(socket, handshakes, ended)
+        self._listeners.append(listener)
         try:
             for topic in topics or ("",):
                 socket.subscribe(topic)
-            if on_subscribed is not None:
-                socket.subscribe(own)  # the last: when it is answered, the others are taken too
             socket.connect(self._events_endpoint)
             while not ended.done():
                 receiving: asyncio.Future[Any] = asyncio.ensure_future(socket.recv_multipart())
@@ -206,17 +199,31 @@ class Kernel:
                 if ended.done():
                     break
                 topic, payload = receiving.result()
-                if not topic.startswith(SUBSCRIBED.encode()):
+                if topic.startswith(SUBSCRIBED.encode()):
+                    listener.answered(topic)
+                else:
                     yield unpack(payload)
-                elif topic == own and on_subscribed is not None:
-                    socket.unsubscribe(own)
-                    on_subscribed()
             await ended
         finally:
-            self._listeners.pop(ended, None)
+            self._listeners.remove(listener)
+            for mark in list(listener.marks):
+                listener.answered(mark)
             ended.cancel()
             await handshakes.close()
             socket.close(linger=0)
+
+    async def caught_up(self) -> None:
+        """Waits until those who iterate over events have had all that was published before, and hear the rest.
+
+        Needs a timeout: the events may be out of reach, and a kernel older than this question never answers.
+        """
+        marks = [(listener, *listener.mark()) for listener in self._listeners]
+        try:
+            for _, _, mark in marks:
+                await mark
+        finally:
+            for listener, topic, _ in marks:
+                listener.answered(topic)
 
     def _keyed(self, kind: int) -> zmq.asyncio.Socket:
         """Returns a socket with the keys, not yet connected."""
@@ -262,6 +269,36 @@ class Kernel:
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(error)
+
+
+@dataclass(eq=False)
+class _Listener:
+    """One iteration over events; `ended` ends it.
+
+    A mark is a topic of its own that the kernel answers after all that it published before.
+    """
+
+    socket: zmq.asyncio.Socket
+    handshakes: Handshakes
+    ended: asyncio.Future[Any]
+    marks: dict[bytes, asyncio.Future[None]] = field(default_factory=dict)
+
+    def mark(self) -> tuple[bytes, asyncio.Future[None]]:
+        """Asks for a mark; returns its topic and what is done when it is answered."""
+        topic = (SUBSCRIBED + secrets.token_hex(8)).encode()
+        mark = self.marks[topic] = asyncio.get_running_loop().create_future()
+        self.socket.subscribe(topic)
+        return topic, mark
+
+    def answered(self, topic: bytes) -> None:
+        """Settles a mark, if it is one of these."""
+        mark = self.marks.pop(topic, None)
+        if mark is None:
+            return
+        if not mark.done():
+            mark.set_result(None)
+        if not self.socket.closed:
+            self.socket.unsubscribe(topic)
 
 
 def _end(future: asyncio.Future[Any], error: BatosError) -> None:
