@@ -48,7 +48,7 @@ class Story:
         states: digest of all that can be read, after each of them.
         indexes: the index file by its kind; None where there is none.
         reach: how much of the file each index knows, where it can be relied on.
-        proven: how many of the transactions each index proves, even where it lies about the rest.
+        proven: how many transactions each index knows of, and up to where, even where it can't be relied on.
     """
 
     data: bytes
@@ -56,7 +56,7 @@ class Story:
     states: tuple[str, ...]
     indexes: dict[str, bytes | None]
     reach: dict[str, int]
-    proven: dict[str, int]
+    proven: dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ async def _tell_story(folder: Path, draw: random.Random) -> Story:
     ends: list[int] = []
     states: list[str] = []
     indexes: dict[str, bytes | None] = {"none": None, "garbage": draw.randbytes(2000)}
-    reach, proven = dict.fromkeys(INDEXES, 0), dict.fromkeys(INDEXES, 0)
+    reach, proven = dict.fromkeys(INDEXES, 0), dict.fromkeys(INDEXES, (0, 0))
 
     async def note(image: LivingImage) -> None:
         ends.append(path.stat().st_size)
@@ -133,7 +133,7 @@ async def _tell_story(folder: Path, draw: random.Random) -> Story:
         if number == UNITS // 2:
             image.close()
             indexes["stale"], reach["stale"] = index_of(path).read_bytes(), ends[-1]
-            proven["stale"] = len(ends)
+            proven["stale"] = len(ends), ends[-1]
             image = _opened(folder)
         await _work(image, number, draw)
         await note(image)
@@ -141,9 +141,9 @@ async def _tell_story(folder: Path, draw: random.Random) -> Story:
     parts = [(prefix, bucket.toString()) for prefix, bucket in image._db.storage._index._data.items()]
     image.close()
     indexes["fresh"], reach["fresh"] = index_of(path).read_bytes(), ends[-1]
-    write_index(path, draw.randrange(ends[0], ends[-1]), last, parts)
+    proven["fresh"], proven["lying"] = (len(ends), ends[-1]), (len(ends), draw.randrange(ends[0], ends[-1]))
+    write_index(path, proven["lying"][1], last, parts)
     indexes["lying"] = index_of(path).read_bytes()
-    proven["fresh"] = proven["lying"] = len(ends)
     return Story(path.read_bytes(), tuple(ends), tuple(states), indexes, reach, proven)
 
 
@@ -360,7 +360,8 @@ def _recovered(
     wrong = _unlike(left, story.data[:end], "the file")
     if not wrong and done["state"] != story.states[good - 1]:
         wrong = f"what is read is not what {good} transactions left ({done['told']})"
-    lost = story.proven[index] > good
+    known, claimed = story.proven[index]
+    lost = known > good and claimed > end
     if not wrong and (damaged.kept or lost) and [path.read_bytes() for path in kept] != [tail] * bool(tail):
         wrong = f"the tail of {len(tail)} bytes is not kept as it was"
     if not wrong and ["MISSING" in line for line in done["told"]] != [True] * lost + [False] * bool(tail):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from ZODB.FileStorage import FileIterator
+from ZODB.TimeStamp import TimeStamp
 
 from evals.damages import damage_many
 from evals.kernels import free_endpoint
@@ -21,6 +22,7 @@ from uvm.errors import ImageDamaged
 from uvm.image import journal, storage
 from uvm.image.chain import MAGIC, ChainReader
 from uvm.image.image import LivingImage, Txn
+from uvm.image.prototypes import UvmObject
 from uvm.image.recovery import sweep
 from uvm.image.storage import index_of, read_index
 from uvm.upkeep.backups import Backups
@@ -175,6 +177,22 @@ class TestLoss:
         assert names_in(whole.parent, told) == {"one", "two"}
         assert ["MISSING" in line for line in told] == [True, False]
         assert tails(whole.parent) == [bytes(data[starts[-1] :])]
+
+    async def test_a_pack_that_took_the_last_transaction_is_no_loss(self, tmp_path: Path) -> None:
+        with opened(tmp_path) as image:
+            async with image.transaction("born") as txn:
+                orphan = UvmObject(None, (), {"n": 1})
+                txn.create("holder", (), {"child": orphan})
+            async with image.transaction("let go") as txn:
+                txn.edit(txn.find("holder"), {}, ["child"])
+            async with image.transaction("garbage") as txn:
+                txn.edit(txn.find(orphan.oid), {"n": 2})
+            last = image.last_transaction()
+            image.pack(TimeStamp(bytes.fromhex(last)).timeTime() + 1)
+        told: list[str] = []
+        with opened(tmp_path, told) as image:
+            assert image.last_transaction() < last
+        assert told == []
 
     def test_a_restore_of_an_older_backup_is_no_loss(self, whole: Path) -> None:
         backups = Backups(whole.parent / "backups")

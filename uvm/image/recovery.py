@@ -59,7 +59,7 @@ def preflight(path: Path, tell: Tell) -> Index | None:
             raise _refusal(path, "it is no image of ZODB; see what DB_FILE names")
         reader = ChainReader(file, size)
         index, chain = _read(path, reader, known, tell)
-        lost = known if known is not None and known.tid > chain.last else None
+        lost = known if known is not None and _proves_loss(known, chain) else None
         is_unfinished = chain.end < size and lost is None and reader.is_unfinished(chain.end, chain.last)
         if chain.end < size and not is_unfinished:
             _check_nothing_follows(path, reader, chain)
@@ -115,6 +115,14 @@ def _pieces(reader: ChainReader, start: int) -> Iterator[bytes]:
 
 def _refusal(path: Path, reason: str, **details: int) -> ImageDamaged:
     return ImageDamaged(f"{path} can't be opened: {reason}; {_HELP}", path=str(path), **details)
+
+
+def _proves_loss(known: Index, chain: Chain) -> bool:
+    """Returns whether the index knows of more than there is, by place and by id.
+
+    A pack makes the file shorter than an index of before, and may take its last transaction out of it.
+    """
+    return known.end > chain.end and known.tid > chain.last
 
 
 def _emptied(path: Path, known: Index) -> ImageDamaged:
