@@ -553,7 +553,7 @@ def test_a_mission_is_shown_with_its_times_and_what_is_wrong(capsys: pytest.Capt
 
 def test_a_mission_that_ended_out_of_sight_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     method = {"selector": "square", "parameters": ["x"], "doc": "", "sha256": "ab" * 32}
-    record = {"mission_id": "1-a", "state": journal.COMPLETE, "method": method}
+    record = {"mission_id": "1-a", "state": journal.COMPLETE, "method": method, "transaction_id": "0" * 16}
     Display().answer("initiate_cognitive_cycle", settled(record))
     Display().answer("initiate_cognitive_cycle", settled({**record, "attempts": 1, "seconds": 2.0}))
     assert capsys.readouterr().out.splitlines() == [

@@ -213,7 +213,7 @@ class Kernel:
             socket.close(linger=0)
 
     async def caught_up(self) -> None:
-        """Waits until those who iterate over events have had all that was published before, and hear the rest.
+        """Waits until those who iterate over events have had all that came before, and hear the rest.
 
         Needs a timeout: the events may be out of reach, and a kernel older than this question never answers.
         """

@@ -2,7 +2,7 @@
 
 A write-ahead log of renames and deletions. The transaction of the image carries the token of its entry, so
 after a power cut between the image's commit and the last rename the next start knows which entries were
-committed, and finishes them. Blocking. Imports `folder` and the errors.
+committed, and finishes them. Blocking.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from uvm.broker import folder
 from uvm.broker.folder import Parts, Signature
+from uvm.disk import sync_folder
 
 MISSING: Signature = (0, 0, 0, 0)  # of a file that is not there
 _SUFFIX = ".json"
@@ -71,7 +72,7 @@ class MovesLog:
                 file.flush()
                 os.fsync(file.fileno())
             half.replace(path)
-            _sync(self._place)
+            sync_folder(self._place)
         except OSError:
             for left in (half, path):
                 with suppress(OSError):
@@ -176,14 +177,6 @@ def settle(root: int, parent: int, name: str, temporary: str | None) -> None:
     else:
         os.rename(temporary, name, src_dir_fd=root, dst_dir_fd=parent)
     listed = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
-    try:
-        os.fsync(listed)
-    finally:
-        os.close(listed)
-
-
-def _sync(place: Path) -> None:
-    listed = os.open(place, os.O_RDONLY)
     try:
         os.fsync(listed)
     finally:
