@@ -33,9 +33,10 @@ from uvm.awakening import CATALOG, awaken
 from uvm.cycle import Cycle
 from uvm.hands.pool import HandPool
 from uvm.image import history, journal
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmMethod
 from uvm.image.steady import WholeFile
+from uvm.image.txn import Txn
 from uvm.memory.catalog import KnowledgeCatalog
 from uvm.memory.embedder import Hashing
 from uvm.memory.fractal import FractalMemory

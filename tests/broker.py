@@ -9,7 +9,8 @@ from uvm.awakening import CATALOG, awaken
 from uvm.broker.broker import Broker, Uses
 from uvm.grant_options import FilesOptions, HttpOptions, NoOptions
 from uvm.granting import Granting
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
+from uvm.image.txn import Txn
 from uvm.memory.embedder import Hashing
 from uvm.memory.fractal import FractalMemory
 from uvm.metacognition import MetacognitionLog

@@ -32,7 +32,7 @@ from uvm.errors import (
 )
 from uvm.grant_options import FilesOptions
 from uvm.hands.calls import Outcome, SlotChanges
-from uvm.image.image import Txn
+from uvm.image.txn import Txn
 from uvm.undoing import Undoing
 
 

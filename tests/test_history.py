@@ -23,8 +23,9 @@ from uvm.errors import (
 from uvm.grant_options import NoOptions
 from uvm.granting import Granting
 from uvm.image import history, journal
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmMethod
+from uvm.image.txn import Txn
 from uvm.memory.embedder import Hashing
 from uvm.memory.fractal import FractalMemory
 from uvm.objects import Objects

@@ -33,8 +33,9 @@ from uvm.errors import (
     ObjectNotFound,
 )
 from uvm.image import history, journal, storage
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmMethod, UvmObject
+from uvm.image.txn import Txn
 
 VALUES: dict[str, Any] = {
     "nothing": None,

@@ -8,7 +8,8 @@ import pytest
 
 from config import Settings
 from uvm.awakening import CATALOG, awaken
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
+from uvm.image.txn import Txn
 from uvm.memory.catalog import KnowledgeCatalog
 from uvm.memory.embedder import Hashing, MiniLM
 from uvm.memory.fractal import FractalMemory

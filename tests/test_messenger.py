@@ -15,8 +15,9 @@ from uvm.hands.calls import Created, Outcome, SlotChanges
 from uvm.hands.frames import pack
 from uvm.hands.pool import HandPool
 from uvm.image import history
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmMethod
+from uvm.image.txn import Txn
 from uvm.messenger import Messenger, apply, lost_in_storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]

@@ -16,8 +16,9 @@ from uvm.errors import ImageDamaged, NotUndoable
 from uvm.grant_options import NoOptions
 from uvm.granting import Granting
 from uvm.image import history, journal, migrations
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmMethod
+from uvm.image.txn import Txn
 from uvm.undoing import Undoing
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,8 @@ from uvm import errors, missions
 from uvm.awakening import awaken
 from uvm.hands.pool import HandPool
 from uvm.image import history, journal
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
+from uvm.image.txn import Txn
 from uvm.lanes import Lane
 from uvm.messages import MissionBrief
 from uvm.mind.backends.scripted import STALL, Reply

@@ -31,7 +31,8 @@ from uvm.client import Kernel
 from uvm.errors import FilesNotWritten, KernelUnreachable, ResourceExhausted, ShuttingDown
 from uvm.hands.orders import FORK, pack_order
 from uvm.hands.pool import HandPool
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
+from uvm.image.txn import Txn
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,8 +11,9 @@ from uvm.cycle import Cycle
 from uvm.errors import Conflict, MissionFailed
 from uvm.hands.pool import HandPool
 from uvm.image import history, journal
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmMethod
+from uvm.image.txn import Txn
 from uvm.memory.embedder import Hashing
 from uvm.memory.fractal import FractalMemory
 from uvm.messages import MissionBrief

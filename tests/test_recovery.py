@@ -21,10 +21,11 @@ from min_watchdog_service import EXIT_CANNOT_START
 from uvm.errors import ImageDamaged
 from uvm.image import journal, storage
 from uvm.image.chain import MAGIC, ChainReader
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmObject
 from uvm.image.recovery import sweep
 from uvm.image.storage import index_of, read_index
+from uvm.image.txn import Txn
 from uvm.upkeep.backups import Backups
 from uvm.upkeep.restore import restore
 

@@ -13,8 +13,9 @@ from tests.test_kernel import thoughts
 from uvm import errors
 from uvm.hands.pool import HandPool
 from uvm.image import history
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmMethod
+from uvm.image.txn import Txn
 from uvm.messenger import Messenger
 from uvm.replays import Replay, Replays
 from uvm.trials import TrialRunner

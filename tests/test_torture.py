@@ -25,8 +25,9 @@ from evals.torture.image import Findings, interrupted
 from evals.torture.killer import plan
 from evals.torture.processes import KERNEL, Census, Process, strike
 from uvm.image import journal
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmMethod
+from uvm.image.txn import Txn
 from uvm.messages import Ping
 from uvm.mind.backends import Message
 from uvm.mind.backends.scripted import Scripted

@@ -36,8 +36,9 @@ from uvm.hands.bytecode import Bytecode
 from uvm.hands.calls import Call, ObjectView
 from uvm.hands.conversation import MAX_VIEW, Conversation
 from uvm.hands.frames import LENGTH, unpack
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmMethod
+from uvm.image.txn import Txn
 from uvm.messenger import TxnHost, apply
 
 

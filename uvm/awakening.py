@@ -5,8 +5,9 @@ All of it comes in one transaction; on an image that has it already nothing is w
 
 from __future__ import annotations
 
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmObject
+from uvm.image.txn import Txn
 from uvm.memory.catalog import KnowledgeCatalog
 from uvm.psm import OWN_PERSONA_SLOT
 

@@ -12,7 +12,8 @@ from typing import Any
 from uvm import messages as m
 from uvm.errors import DoesNotUnderstand
 from uvm.granting import Granting
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
+from uvm.image.txn import Txn
 from uvm.lanes import Lane
 from uvm.memory.fractal import FractalMemory
 from uvm.messenger import Messenger

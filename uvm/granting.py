@@ -15,8 +15,9 @@ from uvm.grant_options import FilesOptions, HttpOptions, NoOptions
 from uvm.hands.natives import NATIVES, RESERVED
 from uvm.image import history
 from uvm.image.grants import Grant
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmObject
+from uvm.image.txn import Txn
 from uvm.objects import USER
 
 _BREATH = 200  # objects looked through before others get their turn

@@ -28,8 +28,8 @@ from uvm.hands.calls import Call, ObjectView, Outcome, SlotChanges
 from uvm.hands.natives import NATIVES, RESERVED
 from uvm.hands.pool import HandPool
 from uvm.image.grants import Grant
-from uvm.image.image import Txn
 from uvm.image.prototypes import UvmMethod, UvmObject, is_data
+from uvm.image.txn import Txn
 from uvm.messages import is_public_name
 
 

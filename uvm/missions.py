@@ -26,7 +26,8 @@ from uvm.errors import (
     to_wire,
 )
 from uvm.image import journal
-from uvm.image.image import LivingImage, Txn, to_its_end
+from uvm.image.image import LivingImage, to_its_end
+from uvm.image.txn import Txn
 from uvm.lanes import Lane
 from uvm.messages import MissionBrief
 from uvm.outcomes import MISS, brief_of, interrupted, key_of, settled, told

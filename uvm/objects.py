@@ -12,8 +12,9 @@ from uvm.errors import SlotNotFound, SlotProtected
 from uvm.hands.natives import NATIVES, RESERVED
 from uvm.image import history
 from uvm.image.grants import Grant
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmObject, is_data
+from uvm.image.txn import Txn
 from uvm.messenger import selectors
 
 USER = "architect"

@@ -20,8 +20,9 @@ from uvm.errors import BatosError, Conflict, MissionFailed
 from uvm.guardian import Finding
 from uvm.hands.pool import HandPool
 from uvm.image import history, journal
-from uvm.image.image import LivingImage, Txn, to_its_end
+from uvm.image.image import LivingImage, to_its_end
 from uvm.image.prototypes import UvmObject
+from uvm.image.txn import Txn
 from uvm.memory.fractal import FractalMemory
 from uvm.messages import MissionBrief
 from uvm.messenger import Messenger

@@ -17,8 +17,9 @@ from typing import Any
 from uvm.errors import BatosError
 from uvm.guardian import Finding
 from uvm.image import history
-from uvm.image.image import Txn, blocking
+from uvm.image.image import blocking
 from uvm.image.prototypes import UvmMethod, UvmObject
+from uvm.image.txn import Txn
 from uvm.trials import Trial, TrialRunner, Verdict
 
 MAX_TRIALS = 200  # of callers, in one replay

@@ -22,8 +22,8 @@ from uvm.errors import (
 from uvm.guardian import Finding
 from uvm.hands.calls import Outcome
 from uvm.image import history
-from uvm.image.image import Txn
 from uvm.image.prototypes import UvmObject
+from uvm.image.txn import Txn
 from uvm.messages import Example, MissionBrief
 from uvm.messenger import Messenger, lost_in_storage
 

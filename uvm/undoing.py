@@ -18,8 +18,9 @@ from uvm.granting import check_is_grant
 from uvm.image import history, journal
 from uvm.image.changes import ABSENT, Absent, Change, Changes, Held, same, settled
 from uvm.image.grants import Grant
-from uvm.image.image import LivingImage, Txn, blocking
+from uvm.image.image import LivingImage, blocking
 from uvm.image.prototypes import UvmMethod, UvmObject
+from uvm.image.txn import Txn
 from uvm.memory.catalog import KnowledgeCatalog
 from uvm.objects import check_is_data
 

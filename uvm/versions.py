@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from uvm.image import history
-from uvm.image.image import LivingImage, Txn, blocking
+from uvm.image.image import LivingImage, blocking
 from uvm.image.prototypes import UvmMethod
+from uvm.image.txn import Txn
 from uvm.memory.catalog import Vectors
 from uvm.memory.fractal import FractalMemory, method_text
 from uvm.metacognition import MetacognitionLog

@@ -15,8 +15,9 @@ from evals.torture import script
 from evals.torture.books import Book
 from evals.torture.wire import FINAL
 from uvm.image import history
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.loading import Database
+from uvm.image.txn import Txn
 from uvm.memory.catalog import KnowledgeCatalog
 from uvm.outcomes import MISS
 

@@ -30,8 +30,9 @@ from uvm.errors import (
     MindError,
 )
 from uvm.image.grants import Grant
-from uvm.image.image import LivingImage, Txn
+from uvm.image.image import LivingImage
 from uvm.image.prototypes import UvmObject
+from uvm.image.txn import Txn
 from uvm.memory.fractal import FractalMemory
 from uvm.metacognition import MetacognitionLog
 from uvm.mind.backends import Message

@@ -16,7 +16,7 @@ from uvm.broker import folder
 from uvm.broker.folder import Parts, Signature
 from uvm.broker.moves import MISSING, MovesLog
 from uvm.broker.staging import Change, Place, StagedFiles
-from uvm.image.image import Txn
+from uvm.image.txn import Txn
 
 MOVES = "moves"  # what a transaction of the image carries the token of its moves as
 MAX_STAGED_FILES = 64  # of one call

@@ -10,8 +10,8 @@ from typing import Any
 from uvm.errors import MethodNotFound, SlotProtected
 from uvm.image import values
 from uvm.image.grants import Grant
-from uvm.image.image import Txn
 from uvm.image.prototypes import UvmMethod, UvmObject, is_data
+from uvm.image.txn import Txn
 
 MAX_DIFF_LINES = 400
 MAX_COMPARED_LINES = 2000  # of one version; comparing takes the square of it at worst

@@ -16,8 +16,8 @@ from persistent import Persistent
 
 from uvm.errors import MissionFailed, MissionNotFound
 from uvm.image import values
-from uvm.image.image import Txn
 from uvm.image.shapes import Shape, a, names, tuple_of
+from uvm.image.txn import Txn
 
 QUEUED, RUNNING = "queued", "running"
 COMPLETE, FAILED, CANCELLED, QUARANTINED = "complete", "failed", "cancelled", "quarantined"
