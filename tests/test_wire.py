@@ -232,6 +232,7 @@ async def test_a_client_without_curve_is_cut_off(house: House) -> None:
         await plain.send(pack_request("1", "set_slot", {"target_oid": "x", "slot": "y", "value": 1}))
         async with asyncio.timeout(PATIENCE_S):
             await monitor.recv_multipart()
+        plain.disable_monitor()  # first: an event that nobody reads would block the I/O thread
         monitor.close()
     assert await house.ping() == 0
 
@@ -475,6 +476,7 @@ async def test_after_each_refused_message_others_run(house: House, monkeypatch: 
     async def flood(_: object) -> AsyncIterator[list[zmq.Frame]]:
         for _ in range(5):
             yield [zmq.Frame(b"who"), zmq.Frame(pack_request("1", "ping", {}))]
+        await asyncio.Event().wait()
 
     def send(_envelope: list[bytes], _reply: bytes) -> bool:
         turns_at_refusals.append(turns)
@@ -483,9 +485,10 @@ async def test_after_each_refused_message_others_run(house: House, monkeypatch: 
     monkeypatch.setattr("uvm.bridge.received", flood)
     monkeypatch.setattr(house.bridge, "_send", send)  # type: ignore[attr-defined]
     reading = asyncio.create_task(house.bridge._read_requests())  # type: ignore[attr-defined]
-    while not reading.done():
+    while len(turns_at_refusals) < 5:
         await asyncio.sleep(0)
         turns += 1
+    reading.cancel()
     assert len(set(turns_at_refusals)) == 5
 
 
