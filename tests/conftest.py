@@ -1,5 +1,6 @@
 """What several tests share: kernels of their own with personas that recite a script, and hands."""
 
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest_asyncio
 
 from evals.kernels import KernelProcess
 from uvm.hands.pool import HandPool
+from uvm.image.image import LivingImage
 
 PERSONAS = ("ALFRED", "BRICK", "ROBIN", "BABS")
 QUERIES = {"pattern": "short search queries", "reply": '{"queries": ["a method"], "sample_args": []}'}
@@ -37,6 +39,17 @@ def scripted(folder: Path, lines: list[dict[str, Any]], **settings: str) -> dict
         "HAND_MEMORY_MIB": "128",
         **settings,
     }
+
+
+@contextlib.contextmanager
+def opened(folder: Path, told: list[str] | None = None) -> Iterator[LivingImage]:
+    """Gives the image of this folder; `told` gets the lines of its opening."""
+    image = LivingImage(str(folder / "live_image.fs"), folder / "blobs")
+    image.open((told if told is not None else []).append)
+    try:
+        yield image
+    finally:
+        image.close()
 
 
 Start = Callable[..., KernelProcess]

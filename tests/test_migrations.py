@@ -1,16 +1,15 @@
 """Images of older schemas, as they were written, and what a newer kernel makes of them."""
 
 import asyncio
-import contextlib
 import gzip
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import opened
 from uvm.awakening import CATALOG, primordial
 from uvm.errors import ImageDamaged, NotUndoable
 from uvm.grant_options import NoOptions
@@ -30,16 +29,6 @@ def old(tmp_path: Path) -> Path:
     """The folder of an image of schema 1."""
     (tmp_path / "live_image.fs").write_bytes(gzip.decompress(SCHEMA_1.read_bytes()))
     return tmp_path
-
-
-@contextlib.contextmanager
-def opened(folder: Path, told: list[str] | None = None) -> Iterator[LivingImage]:
-    image = LivingImage(str(folder / "live_image.fs"), folder / "blobs")
-    image.open((told if told is not None else []).append)
-    try:
-        yield image
-    finally:
-        image.close()
 
 
 def granting(image: LivingImage) -> Granting:

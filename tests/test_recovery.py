@@ -1,12 +1,10 @@
 """Start-up recovery: torn and damaged images, what kills leave, and an index that lasts; on real files."""
 
 import asyncio
-import contextlib
 import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from evals.damages import damage_many
 from evals.kernels import free_endpoint
 from evals.report import Report
 from min_watchdog_service import EXIT_CANNOT_START
+from tests.conftest import opened
 from uvm.errors import ImageDamaged
 from uvm.image import journal, storage
 from uvm.image.chain import MAGIC, ChainReader
@@ -30,16 +29,6 @@ from uvm.upkeep.backups import Backups
 from uvm.upkeep.restore import restore
 
 PROJECT = Path(__file__).resolve().parent.parent
-
-
-@contextlib.contextmanager
-def opened(folder: Path, told: list[str] | None = None) -> Iterator[LivingImage]:
-    image = LivingImage(str(folder / "live_image.fs"), folder / "blobs")
-    image.open((told if told is not None else []).append)
-    try:
-        yield image
-    finally:
-        image.close()
 
 
 def child(folder: Path, code: str) -> subprocess.CompletedProcess[str]:

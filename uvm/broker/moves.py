@@ -17,7 +17,7 @@ from typing import Any
 
 from uvm.broker import folder
 from uvm.broker.folder import Parts, Signature
-from uvm.disk import sync_folder
+from uvm.disk import whole
 
 MISSING: Signature = (0, 0, 0, 0)  # of a file that is not there
 _SUFFIX = ".json"
@@ -65,18 +65,12 @@ class MovesLog:
         """
         self._place.mkdir(parents=True, exist_ok=True)
         path = self._path(entry.token)
-        half = path.with_suffix(".half")
         try:
-            with half.open("w", encoding="utf-8") as file:
-                json.dump(asdict(entry), file)
-                file.flush()
-                os.fsync(file.fileno())
-            half.replace(path)
-            sync_folder(self._place)
+            with whole(path) as file:
+                file.write(json.dumps(asdict(entry)).encode())
         except OSError:
-            for left in (half, path):
-                with suppress(OSError):
-                    left.unlink()
+            with suppress(OSError):
+                path.unlink()  # it has its name, but the folder may not know on the disk
             raise
 
     def forget(self, token: str) -> None:

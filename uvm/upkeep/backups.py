@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
-from uvm.disk import sync_folder
+from uvm.disk import PART, sync_folder
 from uvm.errors import NoBackup, NotVerified, ResourceExhausted, UpkeepBusy, UpkeepError
 from uvm.upkeep import files
 from uvm.upkeep.copies import copy_image
@@ -214,9 +214,9 @@ class Backups:
             parts = _PARTS.fullmatch(path.name)
             if path.name.startswith(SCRATCH):
                 shutil.rmtree(path)
-            elif path.name == "tmp.tmp" or path.suffix == files.PART or (parts and parts[1] not in stamps):
+            elif path.name == "tmp.tmp" or path.suffix == PART or (parts and parts[1] not in stamps):
                 path.unlink()
-        for path in (self.folder / "blobs").rglob(f"*{files.PART}"):
+        for path in (self.folder / "blobs").rglob(f"*{PART}"):
             path.unlink()
 
     def _make(self, image: Path, blob_dir: Path, full_every: int, full: bool) -> Backup:

@@ -13,11 +13,10 @@ from typing import Any
 
 from zc.lockfile import LockError, LockFile
 
-from uvm.disk import sync_folder
+from uvm.disk import whole
 from uvm.errors import BatosError, ResourceExhausted, UpkeepBusy, UpkeepError
 from uvm.pressure import exhausted
 
-PART = ".part"  # ends the name of a file that is not whole yet
 _PIECE = 1 << 20
 
 
@@ -83,21 +82,12 @@ def copy(source: Path, target: Path) -> str:
     Returns:
         The SHA-256 of what was read, in hex digits.
     """
-    part = target.with_name(target.name + PART)
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    try:
-        with source.open("rb") as reading, part.open("wb") as writing:
-            while piece := reading.read(_PIECE):
-                digest.update(piece)
-                writing.write(piece)
-            writing.flush()
-            os.fsync(writing.fileno())
-        os.replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    sync_folder(target.parent)
+    with source.open("rb") as reading, whole(target) as writing:
+        while piece := reading.read(_PIECE):
+            digest.update(piece)
+            writing.write(piece)
     return digest.hexdigest()
 
 
@@ -120,17 +110,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a file that is whole whenever it is there."""
-    part = path.with_name(path.name + PART)
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with whole(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

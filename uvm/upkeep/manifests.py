@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from uvm.disk import whole
 from uvm.upkeep import files
 
 STAMP = "%Y-%m-%d-%H-%M-%S"
@@ -91,6 +91,5 @@ def write_dat(folder: Path, chain: list[Backup]) -> None:
     """Writes the list of a chain's parts as repozo has it, so that repozo alone could restore them."""
     lines = [f"{one.file} {one.start} {one.bytes} {one.md5}\n" for one in chain]
     path = folder / f"{chain[0].stamp}.dat"
-    part = path.with_name(path.name + files.PART)
-    part.write_text("".join(lines), encoding="utf-8")
-    os.replace(part, path)
+    with whole(path) as file:
+        file.write("".join(lines).encode())
